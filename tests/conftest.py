@@ -230,7 +230,9 @@ def analysis_folder():
                 arrays["maps"][f"cos/{k}/{layer}"] = rng.integers(-127, 128, (count, count)).astype("int8")
         for group, content in arrays.items():
             np.savez_compressed(folder / "analysis" / f"{group}.npz", **content)
-        (folder / "analysis" / "analysis.json").write_text(json.dumps({"checkpoint": f"{folder}.safetensors"}))
+        (folder / "analysis" / "analysis.json").write_text(
+            json.dumps({"arguments": [f"{folder}.safetensors", "--images", "a b"], "groups": ["cka"]})
+        )
         return folder
 
     return make

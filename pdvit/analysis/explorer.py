@@ -1,6 +1,6 @@
 """The maps of the patch explorer: cosines between all patches of a few images, layer by layer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ class Maps:
     similarity: list[list[float]]  # by image, P of each layer, from the tokens themselves
     notes: list[str]  # missing layers, and why
     depths: list[int]  # of the layers, from 0 (the input of the first block)
-    random: Mapping[str, float] = field(default_factory=dict)  # by layer, P of the same model with random weights
+    random: list[list[float]] = field(default_factory=list)  # the same with random weights; empty if not measured
 
 
 def bytes_per_model(models: int) -> int:

@@ -54,7 +54,7 @@ def _maps_of(maps: Maps, count: int, pictures: dict[str, int]) -> dict[str, Any]
         "deepest": maps.depths[-1],
         "grids": list(maps.grids.values()),
         "pictures": [pictures.setdefault(_png(image), len(pictures)) for image in maps.images[:count]],
-        "random": [maps.random.get(layer) for layer in maps.grids],
+        "random": [[round(value, 5) for value in values] for values in maps.random[:count]],
         "similarity": [[round(value, 5) for value in values] for values in maps.similarity[:count]],
         # not compressed: cosines of trained models lose 7 to 9 % by zlib, and every browser reads base64 at once
         "cosines": [

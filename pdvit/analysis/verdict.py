@@ -41,7 +41,8 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         width = sum(float(found["ci95"].fillna(0).iloc[-1]) for found in (rows, random))
         compared = 0 if abs(difference) < max(MIN_DIFFERENCE, width) else 1 if difference > 0 else -1
     if value == 0:  # tokens that have a direction are never all orthogonal to the last bit
-        tip = f"measure the lengths of the patches, since the checkpoint may be broken:\n{analyze} --metrics norms"
+        metrics = "--metrics similarity,norms"
+        tip = f"measure the lengths of the patches, since the checkpoint may be broken:\n{analyze} {metrics}"
         return f"no verdict: P is exactly 0 at {last}, as if all patches were zero", f"to try: {tip}"
     start, high = climb(rows), onset(rows)
     rise, random_rise = (float((found["mean"].tail(1) - found["mean"].min()).sum()) for found in (rows, random))
@@ -49,7 +50,7 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     if high is None and compared == 1:
         tip = f"if single patches matter, as in segmentation, reduce P:\n{train}"
     elif high is None:
-        metrics = "--metrics rank,norms,attention"
+        metrics = "--metrics similarity,norms,rank,attention"
         tip = f"look for other problems, since P gives no reason to change the model:\n{analyze} {metrics}"
     elif change == 1 or compared == 1:
         # random weights leave the patches of plain images alike; a further climb means that they were apart before

@@ -1,10 +1,10 @@
 """`pdvit plot FIGURE`: the figures, the run directories to draw, and the files to write."""
 
 import re
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,19 +89,20 @@ def _add_command(name: str, figure: AnalysisFigure) -> None:
     def draw(
         runs: Runs = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False
     ) -> None:
-        from pdvit.plots.reading import checkpoint_of, read_run
+        from pdvit.plots.reading import analyze_again, read_run
 
         if name == "compare" and len(runs or ()) != 2:
             tip = "name two run directories; differences are second minus first"
             raise UserError("this figure needs two analyses", "pdvit plot compare", tip)
         file, count = (f"analysis/{figure.group}.npz", PANELS) if figure.curves else ("analysis.csv", LINES)
-        again = "pdvit analyze {}" + (f" --metrics {figure.group}" if figure.group != "similarity" else "")
+        again = partial(analyze_again, group=figure.group)
         found = _find(runs, file, again, count, labels)
         analyses = [read_run(folder, run, figure.group) for run, folder in found.items()]
         for run in analyses:
             if not figure.fits(run):
-                raise _not_measured("the analysis lacks numbers of this figure", found[run.name], again)
-        tip = f"measure again: {again.format(' '.join(map(checkpoint_of, found.values())))}"
+                what, folder = "the analysis lacks numbers of this figure", found[run.name]
+                raise UserError(what, str(folder), f"run first: {again(folder)}")
+        tip = f"measure again: {' or '.join(map(again, found.values()))}"
         checked = reading(", ".join(map(str, found.values())), tip, UNFIT)
         _write(checked(partial(draw_figure, name, analyses)), dark, title, name, found, out)
 
@@ -117,10 +118,11 @@ def training(
     """Loss by term, accuracy or mIoU, and P, over the epochs."""
     from pdvit.plots.training import plot_training, read_records
 
-    found = _find(runs, "metrics.jsonl", "pdvit train --resume {}", 1, labels)
+    again = partial(command, "train", "--resume")
+    found = _find(runs, "metrics.jsonl", again, 1, labels)
     records = {name: read_records(folder) for name, folder in found.items()}
-    again = " or ".join(command("train", "--resume", folder) for folder in found.values())
-    checked = reading(", ".join(map(str, found.values())), f"go on with the run: {again}", UNFIT)
+    tip = f"go on with the run: {' or '.join(map(again, found.values()))}"
+    checked = reading(", ".join(map(str, found.values())), tip, UNFIT)
     _write(checked(partial(plot_training, records)), dark, title, "training", found, out)
 
 
@@ -136,18 +138,19 @@ def maps(
 ) -> None:
     """Similarity of single patches to all others, by depth."""
     from pdvit.plots.heatmap import plot_maps
-    from pdvit.plots.reading import checkpoint_of, read_arrays
+    from pdvit.plots.reading import analyze_again, read_arrays
 
     patches = []
     for text in patch or []:
         if not (found := re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)):
             raise UserError(f"'{text}' is no patch", "--patch", "write ROW,COL, for example --patch 3,5")
         patches.append((int(found[1]), int(found[2])))
-    folders = _find([run] if run else None, "analysis/maps.npz", "pdvit analyze {} --explore", 1, labels)
+    again = partial(analyze_again, explore=True)
+    folders = _find([run] if run else None, "analysis/maps.npz", again, 1, labels)
     ((name, folder),) = folders.items()
-    file, again = folder / "analysis" / "maps.npz", f"make them again: pdvit analyze {checkpoint_of(folder)} --explore"
-    arrays = read_arrays(file, again)
-    draw = reading(file, again, UNFIT)(partial(plot_maps, arrays, name, image, patches))
+    file, tip = folder / "analysis" / "maps.npz", f"make them again: {again(folder)}"
+    arrays = read_arrays(file, tip)
+    draw = reading(file, tip, UNFIT)(partial(plot_maps, arrays, name, image, patches))
     _write(draw, dark, title, "maps", folders, out)
 
 
@@ -155,11 +158,12 @@ def maps(
 def confusion(run: Run = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False) -> None:
     """Confusion matrix of an evaluation."""
     from pdvit.plots.heatmap import plot_confusion, read_confusion
+    from pdvit.plots.reading import eval_again
 
     if run and (run / "iou.csv").is_file():
         tip = f"draw IoU by class and pictures: {command('plot', 'segmentation', run)}"
         raise UserError("a run of segmentation has no confusion matrix", str(run), tip)
-    ((name, folder),) = _find([run] if run else None, "confusion.csv", "pdvit eval {}", 1, labels).items()
+    ((name, folder),) = _find([run] if run else None, "confusion.csv", eval_again, 1, labels).items()
     _write(partial(plot_confusion, read_confusion(folder), name), dark, title, "confusion", [name], out)
 
 
@@ -168,11 +172,12 @@ def segmentation(
     run: Run = None, labels: Labels = None, title: Title = True, out: Out = None, dark: Dark = False
 ) -> None:
     """Image, truth, prediction and errors; IoU of every class."""
+    from pdvit.plots.reading import eval_again
     from pdvit.plots.segmentation import plot_segmentation, read_segmentation
 
     if run and (run / "confusion.csv").is_file():
         raise UserError("the model labels images", str(run), f"draw the matrix: {command('plot', 'confusion', run)}")
-    ((name, folder),) = _find([run] if run else None, "iou.csv", "pdvit eval {}", 1, labels).items()
+    ((name, folder),) = _find([run] if run else None, "iou.csv", eval_again, 1, labels).items()
     _write(partial(plot_segmentation, *read_segmentation(folder), name), dark, title, "segmentation", [name], out)
 
 
@@ -196,21 +201,26 @@ def sweep(
     _write(partial(plot_sweep, summary, name), dark, title, "sweep", [name], out, markdown(summary))
 
 
-def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: str | None) -> dict[str, Path]:
-    """Return the runs to draw by name or label: those given, or the newest with the file, which `again` makes."""
+def _find(
+    runs: list[Path] | None, file: str, again: Callable[[Path], str], count: int, labels: str | None
+) -> dict[str, Path]:
+    """Return the runs to draw by name or label: those given, or the newest with the file.
+
+    `again` returns the command that makes the file in a folder.
+    """
     from pdvit.plots.style import unique
     from pdvit.tracking.run_directory import closest_run, newest
 
     folders = runs or newest(file)[:count]
     if not folders:
         trained = newest("model.safetensors")
-        first = again.format(shlex.quote(str(trained[0]))) if trained else command("train")
+        first = again(trained[0]) if trained else command("train")
         raise UserError(f"no run here has {file} yet", "runs/", f"run first: {first}")
     for folder in folders:
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
-            raise _not_measured(f"the run has no {file}", folder, again)
+            raise UserError(f"the run has no {file}", str(folder), f"run first: {again(folder)}")
     if labels is not None:
         names = labels.split(",")
         if len(names) != len(folders):
@@ -221,12 +231,6 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: st
         longer = [f"{_name_of(folder.resolve().parent)}/{name}" for folder, name in zip(folders, short, strict=True)]
         names = [long if short.count(name) > 1 else name for name, long in zip(short, longer, strict=True)]
     return dict(zip(unique(names), folders, strict=True))
-
-
-def _not_measured(what: str, folder: Path, again: str) -> UserError:
-    from pdvit.plots.reading import checkpoint_of
-
-    return UserError(what, str(folder), f"run first: {again.format(checkpoint_of(folder))}")
 
 
 def _name_of(folder: Path) -> str:
@@ -253,9 +257,11 @@ def _write(
     if not title:
         remove_title(figure)
     if out is None:
-        parts = [name, *(re.sub(r"[^\w.-]", "-", run)[:40] for run in runs)]
-        more = f"-{len(parts) - 4}-more" if len(parts) > 4 else ""
-        out = Path("figures") / f"{'-'.join(parts[:4])}{more}.png"
+        full = "-".join([name, *runs])
+        safe = re.sub(r"[^\w.=-]", "-", full)[:60]  # of at most 240 bytes: a file name has up to 255
+        if safe != full:  # two names must not become one
+            safe += f"-{sha256(full.encode()).hexdigest()[:8]}"
+        out = Path("figures") / f"{safe}.png"
     table = figure.data.to_csv(index=False, float_format="%.6g")
     texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})
     with writing("the figure", out):

@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from pdvit.errors import UserError, closest
 from pdvit.files import reading
 from pdvit.plots import style
-from pdvit.plots.reading import AnalyzedRun, Arrays, checkpoint_of, read_text_table
+from pdvit.plots.reading import AnalyzedRun, Arrays, eval_again, read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme
 
 MAP_DEPTHS = 6
@@ -124,7 +124,7 @@ def _frame_patch(axes: Axes, patch: tuple[int, int], grid: Sequence[int], shape:
 def read_confusion(run: Path) -> pd.DataFrame:
     """Read confusion.csv: class, predicted and images. Raises UserError."""
     file = run / "confusion.csv"
-    with reading(file, f"measure it again: pdvit eval {checkpoint_of(run)}"):
+    with reading(file, f"measure it again: {eval_again(run)}"):
         table = read_text_table(file)[["class", "predicted", "images"]].astype({"images": int})
         unknown = set(table["predicted"]) - set(table["class"])
         if table["images"].min() < 0 or table.duplicated(["class", "predicted"]).any() or unknown:

@@ -1,7 +1,6 @@
 """Reads the files that figures are drawn from. Errors name the command that makes them."""
 
 import csv
-import shlex
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pdvit.definitions import DEFAULT
+from pdvit.errors import command
 from pdvit.files import read_json, reading
 
 MAX_ARRAYS = 2**30  # bytes of a group when unpacked; maps.npz, the largest, has some ten million
@@ -46,13 +47,12 @@ def read_text_table(file: Path) -> pd.DataFrame:
 def read_run(folder: Path, name: str, group: str = "similarity") -> AnalyzedRun:
     """Read analysis.csv of a run or of an analysis, and the arrays of a group if it has some; raises UserError."""
     table_file, arrays = folder / "analysis.csv", {}
-    tip = f"measure it again: pdvit analyze {checkpoint_of(folder)}"
-    with reading(table_file, tip):
+    with reading(table_file, f"measure it again: {analyze_again(folder)}"):
         table = pd.read_csv(table_file, keep_default_na=False, na_values=[""]).astype({**TYPES, "tokens": int})
         if table.empty or table["mean"].isna().any() or table.duplicated(["depth", "metric"]).any():
             raise ValueError("it has no values, or several of one layer and metric")
     for file in (folder / "analysis").glob(f"{group}*.npz"):  # of CKA also cka_between.npz
-        arrays[file.stem] = read_arrays(file, f"{tip} --metrics {group}")
+        arrays[file.stem] = read_arrays(file, f"measure it again: {analyze_again(folder, group)}")
     return AnalyzedRun(name, table, arrays)
 
 
@@ -64,9 +64,21 @@ def read_arrays(file: Path, tip: str) -> Arrays:
         return dict(opened)
 
 
-def checkpoint_of(folder: Path) -> str:
-    """Return the checkpoint of a folder of results, quoted for the shell: the one that its JSON names, or the run."""
-    for file in ("analysis/analysis.json", "eval.json"):
-        with suppress(Exception):  # missing or damaged
-            return shlex.quote(str(read_json(folder / file)["checkpoint"]))
-    return shlex.quote(str(folder))
+def analyze_again(folder: Path, group: str = "similarity", explore: bool = False) -> str:
+    """Return the command that measures again what a folder has, on the same images, and one more group, or maps."""
+    words, measured = [str(folder)], list(DEFAULT)
+    with suppress(Exception):  # missing, damaged, or of an older version
+        facts = read_json(folder / "analysis" / "analysis.json")
+        words, measured = [*map(str, facts["arguments"])], [*map(str, facts["groups"])]
+    words += [] if words[0] == str(folder) else ["--out", str(folder)]
+    metrics = [*dict.fromkeys([*measured, group])]
+    words += [] if metrics == list(DEFAULT) else ["--metrics", ",".join(metrics)]
+    words += ["--explore"] if explore or (folder / "analysis" / "maps.npz").exists() else []
+    return command("analyze", *words)
+
+
+def eval_again(folder: Path) -> str:
+    """Return the command that repeats the evaluation in a folder."""
+    with suppress(Exception):  # missing or damaged
+        return command("eval", str(read_json(folder / "eval.json")["checkpoint"]))
+    return command("eval", folder)

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from pdvit.files import reading
-from pdvit.plots.reading import checkpoint_of, read_text_table
+from pdvit.plots.reading import eval_again, read_text_table
 from pdvit.plots.style import DOUBLE, LIGHT, Drawing, Theme, new_figure, shorten
 
 SHOWN = 4  # images
@@ -34,7 +34,7 @@ class SegmentedImage(NamedTuple):
 def read_segmentation(run: Path) -> tuple[pd.DataFrame, list[SegmentedImage]]:
     """Read iou.csv and the images of predictions/; the IoU of a class that does not occur is NaN. Raises UserError."""
     file, pictures = run / "iou.csv", []
-    with reading(file, f"measure it again: pdvit eval {checkpoint_of(run)}"):
+    with reading(file, f"measure it again: {eval_again(run)}"):
         table = read_text_table(file)[["class", "pixels", "iou"]].replace({"iou": {"": "nan"}})
         table = table.astype({"pixels": int, "iou": float})
         for path in sorted((run / "predictions").glob("*-image.png")):

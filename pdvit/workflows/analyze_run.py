@@ -27,7 +27,7 @@ from pdvit.workflows.console import log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 RANDOM_IMAGES = 32  # for a model with random weights
@@ -79,7 +79,8 @@ class Analyzer:
             found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
             analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
-        facts = describe(analysis, opened, images, len(bad), stopped, self.images)
+        again = [path, *opened.options, *(word for name in self.images for word in ("--images", name))]
+        facts = describe(analysis, opened, images, len(bad), stopped, again) | {"groups": groups}
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -121,20 +122,28 @@ def measure_random(
     checkpoint: ResolvedCheckpoint, images: Images, ranks: Ranks = SINGLE_PROCESS, **layout: Any
 ) -> Analysis:
     """Return P of a checkpoint's model with random weights; arguments as of `measure`."""
-    weight = next(checkpoint.model.parameters())
     with ranks.interruptible():
-        model = checkpoint.with_random_weights().to(weight.dtype)
-        to_device(model, weight.device, checkpoint.architecture)
+        model = random_model(checkpoint)
     return measure(model, images, "similarity", ranks=ranks, **layout)
 
 
+def random_model(checkpoint: ResolvedCheckpoint) -> "nn.Module":
+    """Return a checkpoint's model with random weights, on its device and in its precision."""
+    weight = next(checkpoint.model.parameters())
+    model = checkpoint.with_random_weights().to(weight.dtype)
+    return to_device(model, weight.device, checkpoint.architecture)
+
+
 def describe(
-    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, named: list[str]
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, again: list[str]
 ) -> dict[str, Any]:
-    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed, `named` --images."""
+    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed.
+
+    `again` are the arguments of pdvit analyze for this checkpoint and these images.
+    """
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
-    found, advice = verdict(table, *_commands(opened, named)) if has_p else (None, None)
+    found, advice = verdict(table, command("analyze", *again), _command_to_reduce_p(opened)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
@@ -145,6 +154,7 @@ def describe(
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
+        "arguments": again,
         "weights": loaded.selected.weights,
         "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
         "images_measured": analysis.images,
@@ -164,8 +174,8 @@ def describe(
     }
 
 
-def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str, str]:
-    """Return the commands that measure a checkpoint again, and that reduce P: of a run, or by finetuning."""
+def _command_to_reduce_p(opened: OpenedCheckpoint) -> str:
+    """Return the command that reduces P: trains a run again with another setting, or finetunes."""
     config, names = opened.config, [str(opened.path), *opened.options]
     if opened.is_run and config.model.init is None:
         train = ["train", "--config", str(opened.path / "run.toml")]
@@ -178,7 +188,7 @@ def _commands(opened: OpenedCheckpoint, images: Sequence[str] = ()) -> tuple[str
             value = getattr(config.data, name)
             train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]
         train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
-    return command("analyze", *names, *(word for name in images for word in ("--images", name))), command(*train)
+    return command(*train)
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:
@@ -191,10 +201,12 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
     shown, max_bytes = images.subsample(MAX_IMAGES), bytes_per_model(len(results))
     for result in results:
         opened = open_checkpoint(Path(result.path), SINGLE_PROCESS, backbone=True, **analyzer.opening)
-        pixels, normalise = shown.pixels(opened.loader.preprocessing, bad), opened.loader.preprocessing.normalise
-        rows = result.analysis.random
-        random = dict(zip(rows["layer"], rows["mean"], strict=True))
-        models.append(replace(read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes), random=random))
+        pixels, normalise = [*shown.pixels(opened.loader.preprocessing, bad)], opened.loader.preprocessing.normalise
+        maps = read_maps(opened.loaded.model, pixels, normalise, result.name, max_bytes)
+        if not result.analysis.random.empty:
+            random = read_maps(random_model(opened.loaded), pixels, normalise, max_bytes=max_bytes)
+            maps = replace(maps, random=random.similarity)
+        models.append(maps)
     count, left_out = min(len(maps.names) for maps in models), len(bad.found)
     fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
     broken = f"; {left_out} left out that do not decode" if left_out else ""

@@ -32,7 +32,7 @@ from pdvit.errors import UserError, closest
 from pdvit.models.families import WRAPPERS, image_model_of
 from pdvit.models.layers import find_layers, watch
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
-from pdvit.workflows.analyze_run import RANDOM_IMAGES, measure_random
+from pdvit.workflows.analyze_run import RANDOM_IMAGES, measure_random, random_model
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
 from pdvit.workflows.console import count
 from pdvit.workflows.runs import Run, start, train_to_end
@@ -130,10 +130,11 @@ def explore(
         label = label or (loaded.name if loaded else "model" if len(models) == 1 else f"model {number}")
         if loader:
             on_bad_image, own = "skip" if loader.bad.skip else "error", loader.preprocessing  # the first model's policy
-            maps = read_maps(network, images.pixels(own, loader.bad), own.normalise, label, max_bytes, **layout)
+            pixels = [*images.pixels(own, loader.bad)]
+            maps = read_maps(network, pixels, own.normalise, label, max_bytes, **layout)
             if loaded:
-                rows = measure_random(loaded, _batches(images, loader), **layout).table
-                maps = replace(maps, random=dict(zip(rows["layer"], rows["mean"], strict=True)))
+                random = read_maps(random_model(loaded), pixels, own.normalise, max_bytes=max_bytes, **layout)
+                maps = replace(maps, random=random.similarity)
         else:
             images = list(islice(chain.from_iterable(batches(images, next(network.parameters()))), MAX_IMAGES))
             named = ((f"image {place}", image) for place, image in enumerate(images))

@@ -183,9 +183,10 @@ def test_the_address_holds_what_is_shown_and_opens_it_again(open_page, page_of_o
 
 
 def test_the_picture_has_all_maps_and_the_curve_has_random_weights(open_page, one):
-    tab = open_page(explorer_page([replace(one, random={"embed": 0.1, "norm": 0.3}), replace(one, model="other")], []))
+    random = [[0.1, 0.2, 0.25, 0.3], [0.0] * 4]  # of two images
+    tab = open_page(explorer_page([replace(one, random=random), replace(one, model="other")], []))
     assert "(random weights 0.300)" in tab.text("#p-values")
-    assert tab.page.locator("#curve path.random").get_attribute("d").count(",") == 2
+    assert tab.page.locator("#curve path.random").get_attribute("d").count(",") == 4
     with tab.page.expect_download() as saved:
         tab.page.locator("#save").click()
     assert saved.value.suggested_filename == "one-norm-0.png"

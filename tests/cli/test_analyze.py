@@ -204,9 +204,9 @@ def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
     data = {"source": "torch/cifar10", "root": "d", "train_split": "a", "val_split": "b"}
     data |= {"input_key": "i", "target_key": "t"}
     config = build(("", {"data": data, "model": {"init": "x"}, "diversity": {"cosine": 1.0}}))
-    _, train = analyze_run._commands(OpenedCheckpoint(Path("a"), True, SimpleNamespace(adapter=None), config, None))
+    opened = OpenedCheckpoint(Path("a"), True, SimpleNamespace(adapter=None), config, None)
     flags = "--data-dir d --train-split a --val-split b --input-key i --target-key t"
-    assert train == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
+    assert analyze_run._command_to_reduce_p(opened) == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
 
 
 @pytest.fixture

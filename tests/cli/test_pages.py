@@ -28,8 +28,9 @@ def test_two_runs_get_one_explorer_and_one_report(digits_run, tmp_path, capsys):
     assert [model["name"] for model in data["models"]] == ["first", HOSTILE]
     assert len(data["names"]) == 8
     assert data["models"][0]["layers"] == LAYERS
-    table = pd.read_csv(first / "analysis.csv").query("metric == 'similarity_random'")
-    np.testing.assert_allclose(data["models"][0]["random"], table["mean"], atol=1e-5)
+    assert analyze(first, "--limit", 1, "--out", tmp_path / "of-one") == 0  # the first of the images
+    table = pd.read_csv(tmp_path / "of-one" / "analysis.csv").query("metric == 'similarity_random'")
+    np.testing.assert_allclose(data["models"][0]["random"][0], table["mean"], atol=1e-5)
     report = (first / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in report
     assert report.count('src="data:image/svg+xml') == 4  # P by layer, both beside one another, norms, how the runs went

@@ -1,5 +1,6 @@
 import html
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pdvit.cli import run as pdvit
 from pdvit.plots.style import DARK
+from tests.cli.conftest import CPU
 
 LAYERS, P = ["embed", "block 1", "norm"], [0.2, 0.4, 0.6]
 
@@ -74,8 +76,14 @@ def test_many_runs_of_different_depths_and_long_names_are_drawn(analyses, capsys
     folders = analyses(**{f"run-{'very-' * 24}long-{depth}": [0.3] * depth for depth in range(3, 15)})
     assert pdvit(["plot", "similarity", *folders]) == 0
     file = Path(capsys.readouterr().out.rstrip("\n"))
-    assert file.name.endswith("-9-more.png")
     assert pd.read_csv(file.with_suffix(".csv"))["run"].nunique() == 12
+
+
+def test_figures_of_long_names_that_differ_at_the_end_do_not_replace_one_another(analyses, capsys):
+    folders = analyses(**{f"{'very-' * 24}long-{depth}": [0.3] * depth for depth in (3, 4)})
+    assert [pdvit(["plot", "similarity", folder]) for folder in folders] == [0, 0]
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [pd.read_csv(file.with_suffix(".csv"))["run"].nunique() for file in {*files}] == [1, 1]
 
 
 def test_maps_are_drawn_for_the_patches_that_are_named(workplace, analysis_folder, capsys):
@@ -194,3 +202,17 @@ class TestRefused:
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):
         assert ".png" in refusal("plot", "similarity", "--out", out).tip
+
+
+def test_the_tip_for_a_missing_figure_measures_the_same_images_and_keeps_the_other_figures(
+    workplace, run_copy, image_folder, capsys, refusal
+):
+    images = image_folder / "train" / "blue"
+    assert pdvit(["analyze", str(run_copy), "--images", str(images), "--explore", *CPU]) == 0
+    before = pd.read_csv(run_copy / "analysis.csv")
+    tip = refusal("plot", "pairs", str(run_copy)).tip
+    assert pdvit([*shlex.split(tip)[3:], *CPU]) == 0
+    after = pd.read_csv(run_copy / "analysis.csv")
+    pd.testing.assert_frame_equal(after[after["metric"].isin(before["metric"])].reset_index(drop=True), before)
+    capsys.readouterr()
+    assert [pdvit(["plot", figure, str(run_copy)]) for figure in ("pairs", "similarity", "maps")] == [0, 0, 0]

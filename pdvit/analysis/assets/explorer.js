@@ -271,9 +271,9 @@
     });
     data.models.forEach((model, number) => {
       const values = model.similarity[state.image], own = `model-${number}`;
-      const place = (value, step) => (value === null ? [] : [[across(relativeDepth(model, step)), up(value)]]);
-      const untrained = model.random.flatMap(place), points = values.flatMap(place);
-      if (untrained.length) parts.push(svg("path", { class: `${own} random`, d: `M${untrained.join("L")}` }));
+      const place = (value, step) => [across(relativeDepth(model, step)), up(value)];
+      const untrained = model.random[state.image]?.map(place), points = values.map(place);
+      if (untrained) parts.push(svg("path", { class: `${own} random`, d: `M${untrained.join("L")}` }));
       parts.push(svg("path", { class: own, d: `M${points.join("L")}` }));
       points.forEach(([x, y], step) => {
         parts.push(svg("circle", { class: own, cx: x, cy: y, r: step === layerOf(number) ? 4.5 : 2 }));
@@ -285,7 +285,8 @@
       element("i", `model-${number}`, span);
       span.append(data.models.length > 1 ? `${model.name} ` : `${model.layers[layer]} `);
       element("b", "", span).textContent = text(model.similarity[state.image][layer], 3);
-      if (model.random[layer] !== null) span.append(` (random weights ${text(model.random[layer], 3)})`);
+      const untrained = model.random[state.image];
+      if (untrained) span.append(` (random weights ${text(untrained[layer], 3)})`);
       return span;
     });
     at("p-values").replaceChildren(...texts);

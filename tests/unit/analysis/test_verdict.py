@@ -59,10 +59,15 @@ VARIED = "use more varied --images"
         (table(0.1, 0.4999, 0.5), SOME, RISES, TRAIN),  # the limit itself counts
         (table(0.9, 0.4, 0.9), SOME, "P climbs from block 2 on", TRAIN),  # values before a dip do not count
         (table(0.3, 0.31, 0.3, 0.33, 0.4, 0.6), SOME, "P climbs from block 4 on", TRAIN),  # 0.03 is no climb yet
-        (table(0.9, 0.2, 0.5, 0.3), NONE, "P climbs from block 2 on", "rank,norms"),  # it stays above its minimum
-        (table(0.1, 0.9, 0.1), NONE, STAYS, "rank,norms"),  # it recovers at the end
+        (
+            table(0.9, 0.2, 0.5, 0.3),
+            NONE,
+            "P climbs from block 2 on",
+            "norms,rank",
+        ),  # it stays above its minimum
+        (table(0.1, 0.9, 0.1), NONE, STAYS, "norms,rank"),  # it recovers at the end
         (table(0.6, 0.62), f"{ALL}: P is 0.620 (not compared with", STAYS, "may be as alike:\nmeasure"),
-        (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0", None, "--metrics norms"),
+        (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0", None, "--metrics similarity,norms"),
     ],
 )
 def test_the_verdict_is_two_statements_each_beside_random_weights(rows, level, course, advised):

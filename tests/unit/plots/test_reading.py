@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdvit.plots.heatmap import read_confusion
-from pdvit.plots.reading import checkpoint_of, read_run
+from pdvit.plots.reading import analyze_again, read_run
 from pdvit.plots.segmentation import read_segmentation
 from pdvit.plots.sweep import read_cells
 from tests.errors import refused
@@ -29,7 +29,7 @@ TABLES = [
 def test_a_model_called_na_keeps_its_name_and_the_checkpoint_is_the_run(tmp_path, analysis_table):
     analysis_table([0.1, 0.2, 0.3]).assign(model="NA").to_csv(tmp_path / "analysis.csv", index=False)
     assert read_run(tmp_path, "one").table["model"].unique().tolist() == ["NA"]
-    assert checkpoint_of(tmp_path) == str(tmp_path)
+    assert analyze_again(tmp_path) == f"pdvit analyze {tmp_path}"
 
 
 def test_a_damaged_file_of_curves_is_named_and_one_with_objects_is_not_executed(tmp_path, analysis_folder):
@@ -37,7 +37,7 @@ def test_a_damaged_file_of_curves_is_named_and_one_with_objects_is_not_executed(
     np.savez(objects, histogram=np.array([{}], dtype=object))
     for content in (b"", b"PK", b"no archive", pickle.dumps({}), objects.getvalue()):
         (run / "analysis" / "pairs.npz").write_bytes(content)
-        with refused("damaged", tip=f"pdvit analyze {run}.safetensors --metrics pairs"):
+        with refused("damaged", tip=f"{run}.safetensors --images 'a b' --out {run} --metrics cka,pairs --explore"):
             read_run(run, "one", "pairs")
 
 
