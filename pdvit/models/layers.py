@@ -64,12 +64,16 @@ def find_layers(
     They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
     The table of families has them. For another model, `blocks` are the blocks in a list, or the path of one, such as
     `encoder.layers`: they take and return `(B, T, D)`, which can be in a tuple or table, with `prefix_tokens` in front.
-    `norm` is the path of a norm over all tokens after the last block. Of such a model only wrappers are removed.
+    `norm` is the path of a norm over all tokens after the last block. Of such a model only wrappers are removed;
+    a `DiverseModel` among them may have named its blocks already.
 
     Raises UserError if the tokens can't be read, or a path leads to no modules.
     """
     if blocks is None and (prefix_tokens or norm):
         raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
+    named = getattr(image_model_of(model, ("torch", "timm")), "token_layout", {})  # of a DiverseModel
+    if blocks is None and named.get("blocks") is not None:
+        return find_layers(model, **named, where=where)
     if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
         raise UserError(f"prefix_tokens is {prefix_tokens!r}", "prefix_tokens=...", "pass the number of tokens, from 0")
     model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)

@@ -147,6 +147,8 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     layers = ["embed", "block 1", "block 2", "block 3", "norm"]
     expected = {layer: tokens[:, 2:] for layer, tokens in zip(layers, kept, strict=True)}
     check(model, expected, **RESEARCH)
+    diverse = pdvit.DiverseModel(model, patch_head=False, **RESEARCH)
+    check(torch.optim.swa_utils.AveragedModel(nn.DataParallel(diverse)), expected)
     model.again, model.last = model.encoder["layers"], model.ln
     check(model, expected, blocks="again", prefix_tokens=2, norm="last")
     del expected["norm"]
