@@ -156,6 +156,14 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
 
 
+def test_the_tip_for_an_own_model_names_all_settings_and_prefix_tokens_among_patches_are_a_note():
+    with pytest.raises(UserError, match="blocks='encoder.layers', prefix_tokens=1, norm="):
+        pdvit.analyze(Research(), pictures())
+    (note,) = pdvit.analyze(Research(), pictures(), "similarity", blocks="encoder.layers").notes
+    assert note.startswith("18 tokens were read as patches") and note.endswith("pass prefix_tokens=2")
+    assert not pdvit.analyze(Research(), pictures(), "similarity", **RESEARCH).notes
+
+
 def adapted() -> nn.Module:
     peft = pytest.importorskip("peft", reason="needs peft (extra zoo)")
     model = transformers_model("ViTForImageClassification", **SIZES)
