@@ -99,10 +99,9 @@ def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) 
     """Return the family of a model whose blocks and norm are named: see `find_layers`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     lists = {name: it for name, it in modules.items() if isinstance(it, nn.ModuleList | nn.Sequential)}
-    for path, known, what in ((blocks, lists, "list of modules"), (norm, modules, "module")):
-        if isinstance(path, str) and path not in known:
-            tip = closest(path, filter(None, known))
-            raise UserError(f"a {type(model).__name__} has no {what} at '{path}'", "blocks=..., norm=...", tip)
+    if isinstance(blocks, str) and blocks not in lists:
+        tip = closest(blocks, filter(None, lists))
+        raise UserError(f"a {type(model).__name__} has no list of modules at '{blocks}'", "blocks=...", tip)
     parts = tuple(lists[blocks] if isinstance(blocks, str) else blocks if isinstance(blocks, Iterable) else [None])
     tip = "pass a path or a list, and the path of the norm: blocks='encoder.layers', norm='encoder.ln'"
     if not all(isinstance(part, nn.Module) for part in parts):
@@ -112,6 +111,10 @@ def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) 
     if len({*parts}) < len(parts):
         what = "a block is in the list twice, and its outputs can't be told apart"
         raise UserError(what, "blocks=...", "list blocks that the model calls once")
+    if norm and (norm in lists or norm not in modules):
+        inside = {module for part in parts for module in part.modules()}
+        single = [name for name, it in modules.items() if it not in inside and not [*it.children()]]
+        raise UserError(f"a {type(model).__name__} has no norm at '{norm}'", "norm=...", closest(norm, single))
     return Family(parts, re.escape(norm), None, prefix_tokens)
 
 
