@@ -1,8 +1,9 @@
 """UserError, which a user can mend; RunFailed; tips for names that are almost right, and commands to copy."""
 
+import os
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 
 # Letters in a line of an error.
@@ -73,3 +74,12 @@ def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "")
         return "there are none"
     listed = ", ".join(f"{folder}{name}" for name in names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"
+
+
+def closest_path(path: str, otherwise: str) -> str:
+    """Return a tip: the path beside `path`, which does not exist, that is most like it, or `otherwise`."""
+    folder, name = os.path.split(os.path.normpath(os.path.expanduser(path)))
+    with suppress(OSError, ValueError):  # no such folder, or no path at all
+        tip = closest(name, sorted({*os.listdir(folder or ".")} - {name}), folder=folder and f"{folder}/")
+        return tip if tip.startswith("did") else otherwise
+    return otherwise

@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,12 +70,9 @@ def add_command(
 
 def timm_models() -> list[str]:
     """Return the names of timm's models that pdvit can read, for completion; it imports timm, which takes seconds."""
-    import timm
+    from pdvit.models.build import readable_models
 
-    from pdvit.models.families import FAMILIES
-
-    modules = {name: vars(sys.modules[timm.model_entrypoint(name).__module__]) for name in timm.list_models()}
-    return [name for name, content in modules.items() if FAMILIES.keys() & content.keys()]
+    return readable_models()
 
 
 def training_command(

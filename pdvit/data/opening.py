@@ -17,7 +17,7 @@ from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources import FILE_TYPES, SOURCE_TYPES, WHERE, source_type
 from pdvit.data.sources.folder import list_images
 from pdvit.data.sources.split import ArraySplit, FileSplit, Source, Split, subsample
-from pdvit.errors import UserError, closest, printable
+from pdvit.errors import UserError, closest, closest_path, printable
 
 
 def open_source(data: DataConfig, training: bool = True) -> Source:
@@ -26,9 +26,10 @@ def open_source(data: DataConfig, training: bool = True) -> Source:
     if os.path.isdir(path) and name in (None, *FILE_TYPES):  # os.path, because Path raises for long names
         name = "folder"
     if name in FILE_TYPES and not os.path.isfile(path):
-        raise UserError(f"there is no file '{data.source}'", WHERE, "check the path")
+        raise UserError(f"there is no file '{data.source}'", WHERE, closest_path(data.source, "check the path"))
     if name is None:
         tip = closest(data.source, [item.pattern for item in SOURCE_TYPES.values() if item.pattern.islower()])
+        tip = closest_path(data.source, tip)
         tip += " (--data help lists the source types; for compressed archives, shards and streams see docs/data.md)"
         raise UserError(f"'{data.source}' is no source, folder or table of images", WHERE, tip)
     if (reader := SOURCE_TYPES[name].reader) is None:
@@ -82,7 +83,7 @@ def image_files(names: list[str]) -> FileSplit:
     paths: dict[Path, None] = {}
     for path in (Path(os.path.expanduser(name)) for name in names):
         if not os.path.isdir(path) and not os.path.isfile(path):  # os.path, because Path raises for long names
-            tip = "check the path; pdvit analyze also takes a source, such as digits"
+            tip = closest_path(str(path), "check the path; pdvit analyze also takes a source, such as digits")
             raise UserError("there is no such image or folder", str(path), tip)
         found = list_images(path) if os.path.isdir(path) else [path]
         if not found:

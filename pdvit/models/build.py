@@ -1,6 +1,7 @@
 """Build any timm model, with readable errors."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
-from pdvit.models.families import family_of
+from pdvit.models.families import FAMILIES, family_of
 from pdvit.models.layers import MODEL, find_layers, image_size_of, shapes_of
 
 # Arguments of timm's factory that fetch or read files: refused in configurations and checkpoints.
@@ -35,6 +36,12 @@ SKETCHES: dict[str, nn.Module] = {}
 MAX_SKETCHES = 16
 # Limits of a model, whose arguments may be from a file: whole numbers of seven digits, and modules (timm's have 5,000).
 TOO_LARGE, MAX_MODULES = r"(?<![\d.])\d{7,}", 20_000
+
+
+def readable_models() -> list[str]:
+    """Return the names of timm's models in its modules with a family that pdvit can read."""
+    modules = {name: vars(sys.modules[timm.model_entrypoint(name).__module__]) for name in timm.list_models()}
+    return [name for name, content in modules.items() if FAMILIES.keys() & content.keys()]
 
 
 def model_arguments(model: ModelConfig, img_size: int | None, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
     Raises UserError if timm refuses name or arguments, the family is not supported, or patches do not fit the image.
     """
     if not timm.is_model(name):
-        raise UserError(f"timm has no model named '{name}'", where, closest(name, timm.list_models(), shown=3))
+        raise UserError(f"timm has no model named '{name}'", where, closest(name, readable_models(), shown=3))
     if taken := sorted(RESERVED & arguments.keys()):
         raise UserError(f"'{taken[0]}' can't be an argument of the model", where, "remove it")
     key = f"{name} {arguments}"

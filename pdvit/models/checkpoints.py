@@ -25,9 +25,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from pdvit.config.schema import PREPROCESSING
-from pdvit.errors import UserError, closest, command
+from pdvit.errors import UserError, closest, closest_path, command
 from pdvit.files import read_json, reading, reason_of
-from pdvit.models.build import check_memory, sketch_model
+from pdvit.models.build import check_memory, readable_models, sketch_model
 from pdvit.models.layouts import jax, open_clip, transformers
 from pdvit.models.layouts.conversion import Converted
 from pdvit.models.layouts.formats import DISTRIBUTED, INDEX, files_of, read_distributed, refuse_container
@@ -75,9 +75,9 @@ def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
         return _read_path(_download(rest))
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
-    guess = "" if os.sep in text or "." in text else closest(text, timm.list_models())
-    guess = f"did you mean 'runs/{text}'?" if os.path.isdir(f"runs/{text}") else guess
+    guess = "" if os.sep in text or "." in text else closest(text, readable_models())
     tip = guess if guess.startswith("did") else "name a run directory, a file, or a model of timm"
+    tip = f"did you mean 'runs/{text}'?" if os.path.isdir(f"runs/{text}") else closest_path(text, tip)
     raise UserError("there is no such checkpoint", text, tip)
 
 

@@ -64,12 +64,16 @@ def find_layers(
     They are `embed` (input of the first block: patches plus positions), `block 1` ..., and `norm` if it is over tokens.
     The table of families has them. For another model, `blocks` are the blocks in a list, or the path of one, such as
     `encoder.layers`: they take and return `(B, T, D)`, which can be in a tuple or table, with `prefix_tokens` in front.
-    `norm` is the path of a norm over all tokens after the last block. Of such a model only wrappers are removed.
+    `norm` is the path of a norm over all tokens after the last block. Of such a model only wrappers are removed;
+    a `DiverseModel` among them may have named its blocks already.
 
     Raises UserError if the tokens can't be read, or a path leads to no modules.
     """
     if blocks is None and (prefix_tokens or norm):
         raise UserError("prefix_tokens and norm belong to the blocks", where, "name them too: blocks='encoder.layers'")
+    named = getattr(image_model_of(model, ("torch", "timm")), "token_layout", {})  # of a DiverseModel
+    if blocks is None and named.get("blocks") is not None:
+        return find_layers(model, **named, where=where)
     if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
         raise UserError(f"prefix_tokens is {prefix_tokens!r}", "prefix_tokens=...", "pass the number of tokens, from 0")
     model = image_model_of(model) if blocks is None else image_model_of(model, WRAPPERS)
@@ -95,10 +99,9 @@ def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) 
     """Return the family of a model whose blocks and norm are named: see `find_layers`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     lists = {name: it for name, it in modules.items() if isinstance(it, nn.ModuleList | nn.Sequential)}
-    for path, known, what in ((blocks, lists, "list of modules"), (norm, modules, "module")):
-        if isinstance(path, str) and path not in known:
-            tip = closest(path, filter(None, known))
-            raise UserError(f"a {type(model).__name__} has no {what} at '{path}'", "blocks=..., norm=...", tip)
+    if isinstance(blocks, str) and blocks not in lists:
+        tip = closest(blocks, filter(None, lists))
+        raise UserError(f"a {type(model).__name__} has no list of modules at '{blocks}'", "blocks=...", tip)
     parts = tuple(lists[blocks] if isinstance(blocks, str) else blocks if isinstance(blocks, Iterable) else [None])
     tip = "pass a path or a list, and the path of the norm: blocks='encoder.layers', norm='encoder.ln'"
     if not all(isinstance(part, nn.Module) for part in parts):
@@ -108,6 +111,10 @@ def _named_family(model: nn.Module, blocks: Any, prefix_tokens: int, norm: Any) 
     if len({*parts}) < len(parts):
         what = "a block is in the list twice, and its outputs can't be told apart"
         raise UserError(what, "blocks=...", "list blocks that the model calls once")
+    if norm and (norm in lists or norm not in modules):
+        inside = {module for part in parts for module in part.modules()}
+        single = [name for name, it in modules.items() if it not in inside and not [*it.children()]]
+        raise UserError(f"a {type(model).__name__} has no norm at '{norm}'", "norm=...", closest(norm, single))
     return Family(parts, re.escape(norm), None, prefix_tokens)
 
 

@@ -66,6 +66,7 @@ class DiverseModel(Wrapper):
             tip = "pass a classifier of images, such as CLIPForImageClassification"
             raise UserError(f"a {type(model).__name__} does not take images alone", "DiverseModel(model)", tip)
         self.model = model
+        self.token_layout = layout  # which `find_layers` reads
         self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pdvit.errors import RunFailed, UserError, closest, command
+from pdvit.errors import RunFailed, UserError, closest, closest_path, command
 from pdvit.files import read_json, reading
 
 RUNS = Path("runs")
@@ -256,7 +256,7 @@ def closest_run(name: str, *markers: str) -> str:
 def check_path(checkpoint: str) -> None:
     """Raise UserError for a path that does not exist; other names may be of models."""
     if os.sep in checkpoint and ":" not in checkpoint and not os.path.exists(os.path.expanduser(checkpoint)):
-        tip = f"check the path; {closest_run(checkpoint, 'model.safetensors')}"
+        tip = closest_path(checkpoint, f"check the path; {closest_run(checkpoint, 'model.safetensors')}")
         raise UserError("there is no such checkpoint", checkpoint, tip)
 
 

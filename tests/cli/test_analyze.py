@@ -107,6 +107,13 @@ def test_a_lone_file_gives_the_numbers_of_its_run_and_its_place_is_printed(run_c
     assert (workplace / "elsewhere" / "analysis" / "analysis.json").is_file()
 
 
+def test_a_name_that_is_almost_right_is_that_of_a_path_nearby_or_of_a_model_that_can_be_read(refusal, workplace):
+    assert "fastvit" not in refusal("analyze", "hfvitt").tip
+    (workplace / "hfvit").mkdir()
+    for name in ("hfvitt", "./hfvitt", workplace / "hfvitt/"):
+        assert "hfvit'?" in refusal("analyze", name).tip
+
+
 def test_options_come_before_the_settings_of_the_file(workplace, image_folder, analyzed):
     """Another size, normalisation and type: P of timm's own model, which resamples its positions, by the library."""
     torch.manual_seed(0)

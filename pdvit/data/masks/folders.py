@@ -33,7 +33,7 @@ from pdvit.data.sources.split import (
     hold_out,
     image_size,
 )
-from pdvit.errors import UserError
+from pdvit.errors import UserError, closest_path
 from pdvit.files import read_text, reading
 
 ADE, OBJECTS, CITYSCAPES = "ADEChallengeData2016", "objectInfo150.txt", "gtFine"
@@ -51,7 +51,7 @@ def open_masks(data: DataConfig, segment: SegmentConfig, log: Log = to_stderr, t
     if source_type(data.source) == "scenes":
         return read_scenes(data)
     if not os.path.isdir(root):
-        tip = "use --data scenes, or a folder with images/ and masks/"
+        tip = closest_path(data.source, "use --data scenes, or a folder with images/ and masks/")
         raise UserError(f"there is no folder '{data.source}', and other sources have no masks", WHERE, tip)
     folders = find_folders(root)
     table = folders.table if segment.classes is None else read_table(Path(os.path.expanduser(segment.classes)))

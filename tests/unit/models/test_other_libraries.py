@@ -138,6 +138,7 @@ class Research(nn.Module):
 
 RESEARCH = {"blocks": "encoder.layers", "prefix_tokens": 2, "norm": "ln"}
 ALMOST = ("encoder.layer", "encoder.layers.0")
+NO_NORM = ("norm", "encoder.ln", "encoder.layers")
 
 
 @torch.no_grad()
@@ -147,11 +148,21 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     layers = ["embed", "block 1", "block 2", "block 3", "norm"]
     expected = {layer: tokens[:, 2:] for layer, tokens in zip(layers, kept, strict=True)}
     check(model, expected, **RESEARCH)
+    diverse = pdvit.DiverseModel(model, patch_head=False, **RESEARCH)
+    check(torch.optim.swa_utils.AveragedModel(nn.DataParallel(diverse)), expected)
     model.again, model.last = model.encoder["layers"], model.ln
     check(model, expected, blocks="again", prefix_tokens=2, norm="last")
     del expected["norm"]
     check(nn.DataParallel(model), expected, blocks=list(model.encoder["layers"]), prefix_tokens=2)
     check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
+
+
+def test_the_tip_for_an_own_model_names_all_settings_and_prefix_tokens_among_patches_are_a_note():
+    with pytest.raises(UserError, match=r"blocks='encoder\.layers', prefix_tokens=1, norm="):
+        pdvit.analyze(Research(), pictures())
+    (note,) = pdvit.analyze(Research(), pictures(), "similarity", blocks="encoder.layers").notes
+    assert re.fullmatch("18 tokens were read as patches.* pass prefix_tokens=2", note)
+    assert not pdvit.analyze(Research(), pictures(), "similarity", **RESEARCH).notes
 
 
 def adapted() -> nn.Module:
@@ -197,7 +208,7 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
         (Research, {"prefix_tokens": 1}, "belong to the blocks"),
         *((Research, {"blocks": path}, f"'{path}.*did you mean 'encoder.layers'") for path in ALMOST),
         (Research, RESEARCH | {"prefix_tokens": -2}, "prefix_tokens is -2"),
-        (Research, RESEARCH | {"norm": "norm"}, "no module at 'norm'.*choose from: stem"),
+        *((Research, RESEARCH | {"norm": path}, f"no norm at '{path}'.*from: stem, ln, head$") for path in NO_NORM),
         (Research, {"blocks": "stem"}, "no list of modules at 'stem'.*choose from: encoder.layers$"),
         (Research, {"blocks": []}, "no blocks"),
         (Research, {"blocks": 3}, "blocks is a int.*encoder.layers"),
