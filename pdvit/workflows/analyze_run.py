@@ -23,7 +23,7 @@ from pdvit.models.layers import find_layers
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.workflows.console import log, with_progress
+from pdvit.workflows.console import count, log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,15 +138,15 @@ def describe(
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
-    left_out = f"; {bad} left out that do not decode" if bad else ""
+    left_out = [f"{count(bad, 'image')} left out that can't be decoded"] if bad else []
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
     stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
-    notes = [*loaded.notes, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
+    notes = [*loaded.notes, *left_out, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
         "weights": loaded.selected.weights,
-        "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
+        "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px",
         "images_measured": analysis.images,
         "patch_tokens": int(table["tokens"].iloc[-1]),
         "prefix_tokens_dropped": max(place.prefix for place in find_layers(loaded.model)[1].values()),
