@@ -79,7 +79,9 @@ class Analyzer:
             found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
             analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
-        facts = describe(analysis, opened, images, len(bad), stopped, self.images)
+        left_out = [f"{count(len(bad), 'image')} left out that can't be decoded"] if bad else []
+        analysis = replace(analysis, notes=[*left_out, *analysis.notes])
+        facts = describe(analysis, opened, images, stopped, self.images)
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -129,19 +131,18 @@ def measure_random(
 
 
 def describe(
-    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, named: list[str]
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, stopped: str | None, named: list[str]
 ) -> dict[str, Any]:
-    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed, `named` --images."""
+    """Return analysis.json: `stopped` is why the last images were missed, `named` are --images."""
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
     found, advice = verdict(table, *_commands(opened, named)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
-    left_out = [f"{count(bad, 'image')} left out that can't be decoded"] if bad else []
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
     stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
-    notes = [*loaded.notes, *left_out, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
+    notes = [*loaded.notes, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
