@@ -50,7 +50,7 @@ def _check(check: Callable[[], str | None], tip: str = "", needed: bool = False)
         found = check()
         mark, detail, tip = ("ok", found, "") if found is not None else ("missing", "not installed", tip)
     except Exception as error:  # a broken installation fails anywhere, with any kind of error
-        mark = "missing" if isinstance(error, UserError) else "failed"
+        mark, tip = ("missing", error.tip) if isinstance(error, UserError) else ("failed", tip)
         detail = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")[:100] or type(error).__name__
     return {"mark": mark, "detail": detail, "tip": tip, "needed": needed}
 
@@ -63,12 +63,13 @@ def _examine() -> dict[str, dict[str, dict[str, Any]]]:
     place = next(path for path in (runs, *runs.parents) if os.path.lexists(path))
     versions = {"pdvit": __version__, "python": platform.python_version(), "CUDA of torch": torch.version.cuda}
     required = {name: _check(partial(installed_version, name), "pip install .", needed=True) for name in REQUIRED}
+    extras = {name: _check(partial(installed_version, name), f"optional: pip install '.[{name}]'") for name in EXTRAS}
     no_gpu = _check(torch.cuda.init, "without a GPU pdvit uses the CPU") | {"mark": "missing"}
     return {
         "versions": {name: _check(partial(str, text)) for name, text in versions.items()} | required,
         "cpu": _device("cpu"),
         **({gpu: _device(gpu) for gpu in gpus} or {"cuda": {"GPU": no_gpu}}),
-        "extras": {name: _check(partial(installed_version, name), "optional: pip install it") for name in EXTRAS},
+        "extras": extras,
         "runs": {
             "folder": _check(partial(str, runs)),
             "free": _check(lambda: f"{shutil.disk_usage(place).free / GIB:.1f} GiB"),
@@ -87,9 +88,10 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
         "memory": lambda: "{1:.1f} GiB ({0:.1f} free)".format(*(size / GIB for size in cuda.mem_get_info(name))),
         "compute capability": lambda: "{}.{}".format(*cuda.get_device_capability(name)),
     }
+    precisions = {precision: partial(_step, name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")}
     if name == "cpu":
         checks = {key: partial(str, text) for key, text in describe_cpu().items()}
-    precisions = {precision: partial(_step, name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")}
+        del precisions["tf32"]  # a format of GPUs
     checks |= precisions | {"training step": precisions["fp32"]}
     return {key: _check(check, "try another --device", key == "training step") for key, check in checks.items()}
 
@@ -102,8 +104,8 @@ def _step(device: str, precision: str) -> str:
     from pdvit.engine.device import autocast
     from pdvit.models.build import build_model
 
-    recent = device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if not recent and (precision == "tf32" or (precision == "bf16" and device != "cpu")):
+    old = device != "cpu" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and precision in ("tf32", "bf16"):
         raise UserError("needs a GPU of compute capability 8.0", device, "use --precision fp32 or fp16")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 1, "num_classes": 4}
     module = DiverseModel(build_model("vit_tiny_patch16_224", sizes)).to(device)

@@ -184,7 +184,7 @@ def _follow(jobs: "Jobs", run: Path, console: "RunConsole", stop: "StopRequest")
 def train(**values: Any) -> int:
     """Train a vision transformer with the diversity terms.
 
-    Without arguments: a small one on scikit-learn's handwritten digits, with all three terms, in about two minutes.
+    Without arguments: a small one on scikit-learn's digits, with all three terms, in a little over a minute.
     """
     return launch("train", **values)
 

@@ -49,7 +49,7 @@ class ImageSet:
     def subsample(self, limit: int) -> "ImageSet":
         """Return at most `limit` of them, spread evenly."""
         part = subsample(self.split, limit)
-        return self if part is self.split else ImageSet(f"{self.description}, {limit} of {len(self.split):,}", part)
+        return ImageSet(f"{self.description}, {len(part):,} of {len(self.split):,}", part)
 
     def pixels(self, preprocessing: Preprocessing, bad: BadImages) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the preprocessed pixels of each image, uint8 `(3, size, size)`; `bad` has the policy."""
@@ -96,4 +96,4 @@ def sample_photographs() -> ImageSet:
     """Return the two photographs of scikit-learn."""
     folder = distribution("scikit-learn").locate_file("sklearn/datasets/images")  # to import it takes a second
     names = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
-    return ImageSet("2 sample photographs of scikit-learn", image_files(names))
+    return ImageSet("sample photographs of scikit-learn", image_files(names))

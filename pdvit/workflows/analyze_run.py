@@ -23,7 +23,7 @@ from pdvit.models.layers import find_layers
 from pdvit.models.resolved_checkpoint import ResolvedCheckpoint
 from pdvit.tracking.run_directory import write_file, writing
 from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint, to_device
-from pdvit.workflows.console import log, with_progress
+from pdvit.workflows.console import count, log, with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,8 +79,10 @@ class Analyzer:
             found = f"was left out: {reason}" if reason else f"is in analysis/cka_between.npz of {first.name}"
             analysis = replace(analysis, notes=[*analysis.notes, f"cka between {first.name} and {name} {found}"])
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
+        left_out = [f"{count(len(bad), 'image')} left out that can't be decoded"] if bad else []
+        analysis = replace(analysis, notes=[*left_out, *analysis.notes])
         again = [path, *opened.options, *(word for name in self.images for word in ("--images", name))]
-        facts = describe(analysis, opened, images, len(bad), stopped, again) | {"groups": groups}
+        facts = describe(analysis, opened, images, stopped, again) | {"groups": groups}
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -135,19 +137,15 @@ def random_model(checkpoint: ResolvedCheckpoint) -> "nn.Module":
 
 
 def describe(
-    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, bad: int, stopped: str | None, again: list[str]
+    analysis: Analysis, opened: OpenedCheckpoint, images: ImageSet, stopped: str | None, again: list[str]
 ) -> dict[str, Any]:
-    """Return analysis.json: `bad` images did not decode, `stopped` is why the last were missed.
-
-    `again` are the arguments of pdvit analyze for this checkpoint and these images.
-    """
+    """Return analysis.json: `stopped` is why the last images were missed, `again` the arguments of pdvit analyze."""
     table, loaded = analysis.table, opened.loaded
     has_p = bool((table["metric"] == "similarity").any())
     found, advice = verdict(table, command("analyze", *again), _command_to_reduce_p(opened)) if has_p else (None, None)
     preprocessing = opened.loader.preprocessing
     squashed = isinstance(images.split, ArraySplit) or preprocessing.crop_mode == "squash"
     resized = "RGB, resized" if squashed else "RGB, short side scaled, centre crop"
-    left_out = f"; {bad} left out that do not decode" if bad else ""
     last = "the final norm" if analysis.layers[-1] == "norm" else "the last block (no final norm over patches)"
     stages = "; grid and width change between stages" if table["tokens"].nunique() > 1 else ""
     notes = [*loaded.notes, *analysis.notes, *([] if has_p else ["no verdict, which needs P: --metrics similarity"])]
@@ -156,7 +154,7 @@ def describe(
         "checkpoint": str(opened.path),
         "arguments": again,
         "weights": loaded.selected.weights,
-        "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px{left_out}",
+        "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px",
         "images_measured": analysis.images,
         "patch_tokens": int(table["tokens"].iloc[-1]),
         "prefix_tokens_dropped": max(place.prefix for place in find_layers(loaded.model)[1].values()),

@@ -270,7 +270,7 @@ def replay(run: Path, console: RunConsole, stop: StopRequest) -> int:
 
 
 def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) -> None:
-    """Print the closing metrics, the files, and the next command, which compares runs on the same data."""
+    """Print the closing metrics, the files, and the next command: it compares runs of one model on the same data."""
     if console.stderr:
         print(json.dumps(summary, indent=2))
         return
@@ -278,7 +278,9 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     def task(path: Path) -> object:
         with suppress(Exception):  # another run may be damaged
             config = saved_config(path, [])
-            return config.segment.head is None, config.data.source, config.data.val_split, config.data.split_seed
+            data, model = config.data, config.model
+            shape = model.name, model.depth, model.width, model.patch_size, model.args, data.img_size
+            return config.segment.head is None, data.source, data.val_split, data.split_seed, shape
         return None
 
     others = [path for path in newest("summary.json") if path.resolve() != run.resolve()]

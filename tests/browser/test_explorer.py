@@ -26,8 +26,8 @@ def others(maps: Maps, image: int, layer: str, patch: int) -> np.ndarray:
 def test_a_patch_under_the_pointer_colours_all_others_by_their_cosine(open_page, page_of_one, one, signed):
     tab = open_page(page_of_one)
     tab.press(*([] if signed else ["c"]))
-    tab.hover(0.3, 0.6)  # row 3, column 2 of 4 x 4
-    assert tab.text("#where") == "row 3, column 2"
+    tab.hover(0.3, 0.6)  # row 2, column 1 of 4 x 4, from 0
+    assert tab.text("#where") == "row 2, column 1"
     expected = others(one, 0, "norm", 9) if signed else np.abs(others(one, 0, "norm", 9))
     assert tab.value() == pytest.approx(expected.mean(), abs=NEAR)
     about = tab.text(".reading .about").replace("\u2212", "-")
@@ -52,7 +52,7 @@ def test_a_pinned_patch_is_compared_with_the_one_under_the_pointer(open_page, pa
     assert tab.page.locator("#pin").get_attribute("aria-pressed") == "true"
     tab.page.mouse.click(*tab.over(0.375, 0.875))
     tab.settle()
-    assert tab.text("#where") == "row 4, column 2"
+    assert tab.text("#where") == "row 3, column 1"
     assert tab.page.locator("#pin").get_attribute("aria-pressed") == "false"
 
 
@@ -81,7 +81,7 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     assert (tab.text(".pane .model"), tab.text(".pane .layer")[:4]) == ("one", "norm")
     assert "images: all 2" in tab.text("#notes")
     tab.press("ArrowLeft", "ArrowUp")
-    assert tab.text("#where") == "row 2, column 2"
+    assert tab.text("#where") == "row 1, column 1"
     assert tab.value() == pytest.approx(others(one, 0, "norm", 5).mean(), abs=NEAR)
     tab.press("Home", "k")
     assert tab.text(".pane .layer").startswith("block 1")
@@ -90,7 +90,7 @@ def test_everything_works_from_the_keyboard(open_page, page_of_one, one):
     assert tab.value() == pytest.approx(others(one, 1, "block 1", 5).mean(), abs=NEAR)
     tab.press("p", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown")
     assert tab.value() == pytest.approx(cosines(one, 1, "block 1", 5)[13], abs=NEAR)
-    assert "block 1, patch row 2, column 2" in tab.page.locator("canvas.map").get_attribute("aria-label")
+    assert "block 1, patch row 1, column 1" in tab.page.locator("canvas.map").get_attribute("aria-label")
     tab.press("c")
     assert tab.value() == pytest.approx(abs(cosines(one, 1, "block 1", 5)[13]), abs=NEAR)
     tab.press("o")
@@ -119,7 +119,7 @@ def test_touch_moves_the_patch(open_page, page_of_one, one):
     tab = open_page(page_of_one, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     tab.page.touchscreen.tap(*tab.over(0.9, 0.1))
     tab.settle()
-    assert tab.text("#where") == "row 1, column 4"
+    assert tab.text("#where") == "row 0, column 3"
     assert tab.value() == pytest.approx(others(one, 0, "norm", 3).mean(), abs=NEAR)
     tab.page.locator("#pin").tap()
     touch = tab.page.context.new_cdp_session(tab.page)
@@ -127,7 +127,7 @@ def test_touch_moves_the_patch(open_page, page_of_one, one):
         points = [dict(zip("xy", tab.over(*place), strict=True))] if place else []
         touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
     tab.settle()
-    assert tab.text("#where") == "row 4, column 3, with pinned row 1, column 4"
+    assert tab.text("#where") == "row 3, column 2, with pinned row 0, column 3"
     assert tab.value() == pytest.approx(cosines(one, 0, "norm", 3)[14], abs=NEAR)
 
 
@@ -177,7 +177,7 @@ def test_the_address_holds_what_is_shown_and_opens_it_again(open_page, page_of_o
     tab.page.locator("#overlay").fill("40")
     tab.page.wait_for_url(lambda url: "overlay" in url)
     shown, fragment = view(), tab.page.evaluate("location.hash")
-    assert fragment == "#image=1.png&layer=block+1&patch=2-3&with=2-2&measure=absolute&contrast=stretched&overlay=40"
+    assert fragment == "#image=1.png&layer=block+1&patch=1-2&with=1-1&measure=absolute&contrast=stretched&overlay=40"
     assert view("") == view("image=none&layer=9&patch=x&overlay=-1") == start
     assert view(fragment) == shown != start
 

@@ -92,7 +92,7 @@ def test_a_lone_file_gives_the_numbers_of_its_run_and_its_place_is_printed(run_c
     assert "\nwritten  runs/analysis-alone/analysis.csv\n" in shown
     assert "\nresults go to runs/analysis-alone; --out changes it\n" in shown.partition("layer  ")[0]  # before they do
     assert "\nonly 2 images were measured" in shown
-    assert "alone on 2 sample photographs of scikit-learn" in shown
+    assert "alone on sample photographs of scikit-learn, 2 of 2" in shown
     assert pdvit(["analyze", str(run_copy), *CPU]) == 0
     shown = capsys.readouterr().out  # it is in the run
     assert not any(text in shown for text in ("written", "results go to", "only"))
@@ -189,7 +189,10 @@ def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder,
     refusal("analyze", run_copy, "--images", image_folder, where="bad.png", tip="--on-bad-image skip")
     result = analyzed(run_copy, "--images", image_folder, "--on-bad-image", "skip")
     assert result["images_measured"] == 30
-    assert "1 left out that do not decode" in result["images"]
+    assert (result["images"].split(";")[0], result["notes"][0]) == (
+        f"{image_folder}, 31 of 31",
+        "1 image left out that can't be decoded",
+    )
     only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
     assert "no images to measure" in only.what
 

@@ -70,11 +70,12 @@ def test_runs_are_listed_with_their_numbers_and_damaged_ones_too(digits_run, wor
     assert capsys.readouterr().out.endswith(" cell\n")
 
 
-def test_the_next_command_compares_runs_of_one_task_on_the_same_data(digits_run, workplace, capsys):
+def test_the_next_command_compares_runs_of_one_task_and_model_on_the_same_data(digits_run, workplace, capsys):
     other = {"own": "", "a like one": "", "newer": 'source = "digits:0-4"', "newest": '[segment]\nhead = "linear"'}
-    for name, text in other.items():
+    for name, text in (other | {"deeper": "depth = 9"}).items():
         recipe = shutil.copytree(digits_run, workplace / "runs" / name) / "run.toml"
-        before = 'source = "digits"' if "source" in text else "[segment]"
+        before = {"source": 'source = "digits"', "depth": "depth = 2"}.get(text.split(" ")[0], "[segment]")
+        assert before in recipe.read_text()
         recipe.write_text(recipe.read_text().replace(before, text or before))
         if text:
             (recipe.parent / "summary.json").touch()

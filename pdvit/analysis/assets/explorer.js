@@ -54,7 +54,7 @@
     const rounded = value.toFixed(digits);
     return rounded.replace("-", Number(rounded) === 0 ? "" : "\u2212");
   }
-  const place = (patch) => `row ${patch.row + 1}, column ${patch.column + 1}`;
+  const place = (patch) => `row ${patch.row}, column ${patch.column}`; // from 0, as in pdvit plot maps --patch
 
   /** Return all that one map shows for the current patch. */
   function reading(model) {
@@ -383,11 +383,11 @@
   }
 
   const grid = () => data.models[0].grids[layerOf(0)];
-  /** Return what is shown as a fragment of the address; patches are ROW-COLUMN of the first map, from 1. */
+  /** Return what is shown as a fragment of the address; patches are ROW-COLUMN of the first map, from 0. */
   function fragment() {
     const words = new URLSearchParams({ image: NAMES[state.image], layer: LEADER.layers[state.step] });
     for (const [key, point] of [["patch", state.query], ["with", state.probe]]) {
-      if (point) words.set(key, [patchAt(point, grid()).row + 1, patchAt(point, grid()).column + 1].join("-"));
+      if (point) words.set(key, [patchAt(point, grid()).row, patchAt(point, grid()).column].join("-"));
     }
     if (!state.signed) words.set("measure", "absolute");
     if (state.stretched) words.set("contrast", "stretched");
@@ -404,7 +404,7 @@
     Object.assign(state, START, { image: among(NAMES, "image", START.image), step: among(LEADER.layers, "layer", START.step) });
     for (const [key, part] of [["patch", "query"], ["with", "probe"]]) {
       const found = /^(\d+)-(\d+)$/.exec(words.get(key) || "");
-      if (found) state[part] = { x: (found[2] - 0.5) / grid()[1], y: (found[1] - 0.5) / grid()[0] };
+      if (found) state[part] = { x: (Number(found[2]) + 0.5) / grid()[1], y: (Number(found[1]) + 0.5) / grid()[0] };
     }
     state.signed = words.get("measure") !== "absolute";
     state.stretched = words.get("contrast") === "stretched";

@@ -63,6 +63,8 @@ def test_a_layer_without_a_value_has_a_hyphen_and_large_values_fewer_digits():
     assert block.split() == ["block", "1", "123.5", "123.5", "123.5", "123.5"]
     ((_, embed, *_),) = printed(table(*columns("drift"), value=0.0012))
     assert embed.split() == ["embed", "0.0012", "0.0012"]
+    ((headings, *_),) = printed(table(*columns("norms")))
+    assert headings.split() == ["layer", "norm", "max/med", "outliers"]  # without P, no "P w/o" them
 
 
 def test_random_weights_are_a_metric_of_the_layers_that_were_measured():
