@@ -357,10 +357,10 @@ class LayerMetrics:
             elif moments:
                 curves.setdefault(group, {})[f"{metric}/{layer}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
-        notes, rows = list[str](), math.isqrt(sums.tokens["embed"])
-        extra, sides = sums.tokens["embed"] - rows**2, {*self.batch.shape[-2:]}
-        if not self.places["embed"].prefix and len(sides) == 1 and 0 < extra <= MAX_PREFIX:
-            what = f"{rows**2 + extra} tokens were read as patches, and {rows}x{rows} patches would be {rows**2}"
+        notes, side = list[str](), math.isqrt(sums.tokens["embed"])
+        extra, square = sums.tokens["embed"] - side**2, self.batch.shape[-2] == self.batch.shape[-1]
+        if not self.places["embed"].prefix and square and 0 < extra <= MAX_PREFIX:
+            what = f"{side**2 + extra} tokens were read as patches, and {side}x{side} patches would be {side**2}"
             notes.append(f"{what}: if {extra} in front are class or register tokens, pass prefix_tokens={extra}")
         if "drift" in self.groups:
             start = next(layer for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)

@@ -82,8 +82,8 @@ def test_a_batch_carries_the_factors_of_its_step_for_each_image():
 def test_the_loss_follows_the_factors_and_the_records_do_not():
     task, plain = task_of(contrastive_schedule="warmup:4st", mixing_schedule="until:1st"), task_of()
     plain.module.load_state_dict(task.module.state_dict())
-    for step, (batch, same) in enumerate(zip(take(task, 0, 3), take(plain, 0, 3), strict=True)):
-        (loss, metrics), (whole, parts) = task.step(task.module, batch), plain.step(plain.module, same)
+    for step, (batch, other) in enumerate(zip(take(task, 0, 3), take(plain, 0, 3), strict=True)):
+        (loss, metrics), (whole, parts) = task.step(task.module, batch), plain.step(plain.module, other)
         assert all(torch.equal(metrics[name], parts[name]) for name in metrics.keys() - {"loss"})
         missing = (1 - step / 4) * parts["contrastive"] + (step >= 1) * parts["mixing"]
         torch.testing.assert_close(loss, whole - missing)
