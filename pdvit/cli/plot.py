@@ -210,6 +210,8 @@ def _find(runs: list[Path] | None, file: str, again: str, count: int, labels: st
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
+            if "analyze" not in again and not (folder / "run.toml").is_file():
+                raise UserError("the figure needs a run directory", str(folder), closest_run(str(folder), file))
             raise _not_measured(f"the run has no {file}", folder, again)
     if labels is not None:
         names = labels.split(",")

@@ -75,8 +75,8 @@ def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
         return _read_path(_download(rest))
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
-    guess = "" if os.sep in text or "." in text else closest(text, readable_models())
-    tip = guess if guess.startswith("did") else "name a run directory, a file, or a model of timm"
+    known = [] if os.sep in text or "." in text else readable_models()
+    tip = closest(text, known, otherwise="name a run directory, a file, or a model of timm")
     tip = f"did you mean 'runs/{text}'?" if os.path.isdir(f"runs/{text}") else closest_path(text, tip)
     raise UserError("there is no such checkpoint", text, tip)
 
