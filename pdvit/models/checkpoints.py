@@ -135,7 +135,7 @@ def _read_path(path: Path) -> tuple[str, Converted]:
         if parts == [file]:
             refuse_container(file)
     if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
-        tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
+        tip = f"convert weights to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}; pass images with --images"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
     read = _read_parts(file, parts)
     if not read.tensors:
@@ -174,7 +174,7 @@ def _find_weights(folder: Path) -> Path:
         raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
     if not files:
         resumed = f"wait for the run to finish, or resume it: {command('train', '--resume', folder)}"
-        tip = resumed if is_run else "name a run directory or a timm folder"
+        tip = resumed if is_run else "name a run directory or a timm folder; pass images with --images"
         raise UserError(f"no {WEIGHTS} in the folder", str(folder), tip)
     return files[0]
 
