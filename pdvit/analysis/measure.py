@@ -153,7 +153,7 @@ def select_metrics(metrics: Names) -> list[str]:
     for name in names or [""]:
         if name not in METRICS:
             tip = closest(name, METRICS, len(METRICS))
-            raise UserError(f"there is no metric '{name}'", "analyze(metrics=...)", tip)
+            raise UserError(f"there is no metric '{name}'", "--metrics, in Python analyze(metrics=...)", tip)
     return list(dict.fromkeys(names))
 
 
