@@ -161,14 +161,14 @@ def test_the_tip_for_an_own_model_names_all_settings_and_prefix_tokens_among_pat
     with pytest.raises(UserError, match=r"blocks='encoder\.layers', prefix_tokens=1, norm="):
         pdvit.analyze(Research(), pictures())
     (note,) = pdvit.analyze(Research(), pictures(), "similarity", blocks="encoder.layers").notes
-    assert re.fullmatch("18 tokens were read as patches.* pass prefix_tokens=2", note)
+    assert re.fullmatch("18 patches fill no square: .*pass prefix_tokens=2", note)
     assert not pdvit.analyze(Research(), pictures(), "similarity", **RESEARCH).notes
 
 
 def test_errors_of_an_own_model_name_the_call_and_prefix_tokens():
     model = Research()
     wrong = pdvit.DiverseModel(model, nn.Linear(24, 4), **RESEARCH | {"prefix_tokens": 3})
-    with pytest.raises(UserError, match="check prefix_tokens: the model has 15 patches, the targets have 16"):
+    with pytest.raises(UserError, match=r"\(2, 15, 4\)\n.*\n.*check prefix_tokens"):
         wrong(pictures(), torch.zeros(2, 16, dtype=torch.long))
     model.image_size, model.stem = None, nn.Conv2d(3, 24, 300)  # by default 224 pixels
     with pytest.raises(UserError, match=r"where: DiverseModel\(model\), with its image size"):
