@@ -359,9 +359,7 @@ class LayerMetrics:
         notes, count = list[str](), sums.tokens["embed"]
         extra, sides = count - math.isqrt(count) ** 2, {*self.batch.shape[-2:]}
         if not self.places["embed"].prefix and len(sides) == 1 and 0 < extra <= 8:  # published models have up to 5
-            notes.append(
-                f"{count} patches fill no square: if {extra} are class or register tokens, pass prefix_tokens={extra}"
-            )
+            notes.append(f"{count} patches fill no square; with class or register tokens, pass prefix_tokens={extra}")
         if "drift" in self.groups:
             start = next(layer for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
             notes.append(f"drift is measured from {start}, at later layers of its grid and width")

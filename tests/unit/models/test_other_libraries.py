@@ -157,11 +157,9 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
 
 
-def test_the_tip_for_an_own_model_names_all_settings_and_prefix_tokens_among_patches_are_a_note():
-    with pytest.raises(UserError, match=r"blocks='encoder\.layers', prefix_tokens=1, norm="):
-        pdvit.analyze(Research(), pictures())
+def test_prefix_tokens_among_the_patches_are_a_note():
     (note,) = pdvit.analyze(Research(), pictures(), "similarity", blocks="encoder.layers").notes
-    assert re.fullmatch("18 patches fill no square: .*pass prefix_tokens=2", note)
+    assert re.fullmatch("18 patches fill no square; .* prefix_tokens=2", note)
     assert not pdvit.analyze(Research(), pictures(), "similarity", **RESEARCH).notes
 
 
@@ -214,7 +212,7 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
     [
         (partial(transformers_model, "ViTMAEModel", **NO_SIZE), {}, "shuffles patches"),
         (partial(transformers_model, "Siglip2VisionModel", **NO_SIZE), {}, "packed patches"),
-        (Research, {}, "can't read the patches of a Research.*blocks="),
+        (Research, {}, "can't read the patches of a Research.*blocks='.*prefix_tokens=1, norm="),
         (Research, {"prefix_tokens": 1}, "belong to the blocks"),
         *((Research, {"blocks": path}, f"'{path}.*did you mean 'encoder.layers'") for path in ALMOST),
         (Research, RESEARCH | {"prefix_tokens": -2}, "prefix_tokens is -2"),
