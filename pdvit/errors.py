@@ -3,8 +3,9 @@
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
+from glob import glob
 
 # Letters in a line of an error.
 LONGEST = 2000
@@ -62,16 +63,16 @@ def command(*words: object) -> str:
     return shlex.join(["pdvit", *map(str, words)])
 
 
-def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "") -> str:
-    """Return a tip: the option that is most like `name`, or else the first `shown` of them, below `folder`."""
+def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "", otherwise: str = "") -> str:
+    """Return a tip: the option below `folder` most like `name`; without one `otherwise`, or the first `shown`."""
     name, names = name[:100].lower(), list(options)  # the comparison takes the square of the length
     # Also by an option's beginning: people shorten `vit_tiny_patch16_224` to `vit_tiny`.
     texts = {option.lower()[: len(name) + 1]: option for option in sorted(names, key=len, reverse=True)}
     texts |= {option.lower(): option for option in names}
     if found := get_close_matches(name, texts, n=1):
         return f"did you mean '{folder}{texts[found[0]]}'?"
-    if not names:
-        return "there are none"
+    if otherwise or not names:
+        return otherwise or "there are none"
     listed = ", ".join(f"{folder}{name}" for name in names[:shown])
     return f"choose from: {listed}{', ...' if len(names) > shown else ''}"
 
@@ -79,7 +80,5 @@ def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "")
 def closest_path(path: str, otherwise: str) -> str:
     """Return a tip: the path beside `path`, which does not exist, that is most like it, or `otherwise`."""
     folder, name = os.path.split(os.path.normpath(os.path.expanduser(path)))
-    with suppress(OSError, ValueError):  # no such folder, or no path at all
-        tip = closest(name, sorted({*os.listdir(folder or ".")} - {name}), folder=folder and f"{folder}/")
-        return tip if tip.startswith("did") else otherwise
-    return otherwise
+    names = sorted({*glob("*", root_dir=folder or ".")} - {name})
+    return closest(name, names, folder=folder and f"{folder}/", otherwise=otherwise)

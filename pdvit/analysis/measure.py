@@ -41,7 +41,6 @@ from pdvit.similarity import at_least_float32, unit_tokens
 COLUMNS = ["model", "layer", "depth", "metric", "mean", "std", "ci95", "images", "tokens"]
 WHERE = "analyze(model, images)"
 BATCH_SIZE = 32  # if images come as one tensor
-MAX_PREFIX = 8  # class and register tokens of published models, with room
 Images = Tensor | Iterable[Tensor | Sequence[Tensor] | Mapping[str, Tensor]] | Mapping[str, Tensor]
 Names = str | Iterable[str]
 Key = tuple[str, str, str]  # metric group, column or curve, layer
@@ -153,7 +152,7 @@ def select_metrics(metrics: Names) -> list[str]:
     for name in names or [""]:
         if name not in METRICS:
             tip = closest(name, METRICS, len(METRICS))
-            raise UserError(f"there is no metric '{name}'", "analyze(metrics=...)", tip)
+            raise UserError(f"there is no metric '{name}'", "--metrics, in Python analyze(metrics=...)", tip)
     return list(dict.fromkeys(names))
 
 
@@ -357,11 +356,10 @@ class LayerMetrics:
             elif moments:
                 curves.setdefault(group, {})[f"{metric}/{layer}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
-        notes, side = list[str](), math.isqrt(sums.tokens["embed"])
-        extra, square = sums.tokens["embed"] - side**2, self.batch.shape[-2] == self.batch.shape[-1]
-        if not self.places["embed"].prefix and square and 0 < extra <= MAX_PREFIX:
-            what = f"{side**2 + extra} tokens were read as patches, and {side}x{side} patches would be {side**2}"
-            notes.append(f"{what}: if {extra} in front are class or register tokens, pass prefix_tokens={extra}")
+        notes, count = list[str](), sums.tokens["embed"]
+        extra, square = count - math.isqrt(count) ** 2, self.batch.shape[-2] == self.batch.shape[-1]
+        if not self.places["embed"].prefix and square and 0 < extra <= 8:  # published models have up to 5
+            notes.append(f"{count} patches fill no square; with class or register tokens, pass prefix_tokens={extra}")
         if "drift" in self.groups:
             start = next(layer for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
             notes.append(f"drift is measured from {start}, at later layers of its grid and width")

@@ -220,6 +220,8 @@ def _find(
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
+            if not file.startswith("analysis") and not (folder / "run.toml").is_file():
+                raise UserError("the figure needs a run directory", str(folder), closest_run(str(folder), file))
             raise UserError(f"the run has no {file}", str(folder), f"run first: {again(folder)}")
     if labels is not None:
         names = labels.split(",")

@@ -75,8 +75,8 @@ def read_checkpoint(source: str | Path) -> tuple[str, Converted]:
         return _read_path(_download(rest))
     if timm.is_model(text) and not text.endswith((".safetensors", *TORCH_SUFFIXES)):  # timm ignores what follows a dot
         return _read_published(text)
-    guess = "" if os.sep in text or "." in text else closest(text, readable_models())
-    tip = guess if guess.startswith("did") else "name a run directory, a file, or a model of timm"
+    known = [] if os.sep in text or "." in text else readable_models()
+    tip = closest(text, known, otherwise="name a run directory, a file, or a model of timm")
     tip = f"did you mean 'runs/{text}'?" if os.path.isdir(f"runs/{text}") else closest_path(text, tip)
     raise UserError("there is no such checkpoint", text, tip)
 
@@ -135,7 +135,7 @@ def _read_path(path: Path) -> tuple[str, Converted]:
         if parts == [file]:
             refuse_container(file)
     if not file.name.endswith((".safetensors", ".npz", INDEX, DISTRIBUTED, *TORCH_SUFFIXES)):
-        tip = f"convert it to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
+        tip = f"convert weights to .safetensors, or one of {', '.join(TORCH_SUFFIXES)}; pass images with --images"
         raise UserError(f"the format '{file.suffix or file.name}' is not supported", str(file), tip)
     read = _read_parts(file, parts)
     if not read.tensors:
@@ -174,7 +174,7 @@ def _find_weights(folder: Path) -> Path:
         raise UserError(f"the folder holds several checkpoints: {listed}", str(folder), "name one of the files")
     if not files:
         resumed = f"wait for the run to finish, or resume it: {command('train', '--resume', folder)}"
-        tip = resumed if is_run else "name a run directory or a timm folder"
+        tip = resumed if is_run else "name a run directory or a timm folder; pass images with --images"
         raise UserError(f"no {WEIGHTS} in the folder", str(folder), tip)
     return files[0]
 

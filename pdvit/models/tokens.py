@@ -11,7 +11,7 @@ from pdvit.errors import UserError
 from pdvit.losses.mixing import chunked_mixing_loss
 from pdvit.losses.objective import TokenOutput
 from pdvit.models.families import WRAPPERS, family_of, image_model_of, modules_at
-from pdvit.models.layers import Place, find_layers, shapes_of
+from pdvit.models.layers import MODEL, Place, find_layers, shapes_of
 from pdvit.models.wrapper import Wrapper
 
 R = TypeVar("R")
@@ -67,7 +67,7 @@ class DiverseModel(Wrapper):
             raise UserError(f"a {type(model).__name__} does not take images alone", "DiverseModel(model)", tip)
         self.model = model
         self.token_layout = layout  # which `find_layers` reads
-        self.taps = Taps(model, first, last, cosine_layers, compared, head_input=True, **layout)
+        self.taps = Taps(model, first, last, cosine_layers, compared, True, "DiverseModel(model)", **layout)
         # The model's own classifier is not registered a second time, or it would be saved twice.
         self.shares_classifier = isinstance(patch_head, str)
         self.patch_head: nn.Module | None = patch_head if isinstance(patch_head, nn.Module) else None
@@ -161,16 +161,17 @@ class Taps:
         others: Sequence[int | str],
         compared: bool = True,
         head_input: bool = False,
+        where: str = MODEL,
         **layout: Any,
     ) -> None:
         import torch._dynamo  # slow to import
 
         # Allows compiled code to fill a tap inside a checkpointed block.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        bare, places = find_layers(model, **layout)
+        bare, places = find_layers(model, **layout, where=where)
         if not layout.get("blocks") and (family := family_of(bare)).plain and (embed := modules_at(bare, family.embed)):
             places["patches"] = Place(embed[0])
-        shapes = shapes_of(model, places)
+        shapes = shapes_of(model, places, where)
         blocks = [name for name in places if name.startswith("block")]
         if last not in ("norm", "block"):
             raise UserError(f"there is no last called '{last}'", LAST, "choose norm or block")

@@ -109,6 +109,9 @@ def test_a_lone_file_gives_the_numbers_of_its_run_and_its_place_is_printed(run_c
 
 def test_a_name_that_is_almost_right_is_that_of_a_path_nearby_or_of_a_model_that_can_be_read(refusal, workplace):
     assert "fastvit" not in refusal("analyze", "hfvitt").tip
+    (workplace / "crop.jpg").touch()
+    refusal("analyze", "crop.jpg", what="format '.jpg' is not supported", tip="--images")
+    refusal("analyze", "crop.jpg", "--metrics", "ranks", what="'ranks'", where="--metrics", tip="'rank'")
     (workplace / "hfvit").mkdir()
     for name in ("hfvitt", "./hfvitt", workplace / "hfvitt/"):
         assert "hfvit'?" in refusal("analyze", name).tip

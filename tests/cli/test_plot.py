@@ -198,6 +198,9 @@ class TestRefused:
     def test_a_run_that_is_not_there(self, refusal, workplace):
         assert "pdvit train" in refusal("plot", "training").tip
         assert "absent" in refusal("plot", "similarity", "absent").where
+        (workplace / "weights").mkdir()
+        for figure in ("training", "confusion", "segmentation"):
+            refusal("plot", figure, "weights", what="needs a run directory", tip="train one")
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):

@@ -10,8 +10,6 @@ import timm
 import torch
 from torch import Tensor
 
-from pdvit.models.families import LAYOUT
-
 Tensors = dict[str, Tensor]
 # Regular expression -> replacement, applied in order to every name; None removes the tensors that match.
 Rules = Sequence[tuple[str, str | None]]
@@ -23,7 +21,7 @@ VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"
 VIT_HEADS = {1280: 16, 1408: 16, 1664: 16}
 TOKENS = ("cls_token", "reg_token", "pos_embed")
 NO_HEAD = "its head has no counterpart in timm (a hidden layer, or two tokens): left out"
-IN_MEMORY = f"measure the model in memory, in Python: pdvit.analyze(model, images, {LAYOUT})"
+IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images, blocks='encoder.layers')"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 from pdvit.config.schema import Config, DataConfig, SegmentConfig
 from pdvit.data.images import BadImages
 from pdvit.data.masks.folders import open_masks
-from pdvit.data.opening import ImageSet, held_out_images, open_images, sample_photographs
+from pdvit.data.opening import ImageSet, held_out_images, open_images, open_source, sample_photographs
 from pdvit.data.sources.split import ArraySplit
 from tests.errors import refused
 from tests.unit.data.batches import PREPROCESSING, opened, write_tree
@@ -24,18 +24,13 @@ def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):
         opened(source.format(tmp_path / "images"))
 
 
-@pytest.mark.parametrize(
-    ("read", "typed", "there"),
-    [
-        *((opened, "twoo/", "two"), (opened, "photo.tar", "photos.tar")),
-        (lambda name: open_images([name]), "photo20/", "photos20"),
-        (lambda name: open_masks(DataConfig(source=name), SegmentConfig()), "scene", "scenes20"),
-    ],
-)
-def test_the_tip_for_a_path_that_is_not_there_is_the_closest_beside_it(tmp_path, read, typed, there):
-    (tmp_path / there).mkdir()
-    with refused(tip=f"did you mean '{tmp_path}/{there}'?"):
-        read(f"{tmp_path}/{typed}")
+@pytest.mark.parametrize("typed", ["twoo/", "two.tar"])
+def test_the_tip_for_a_path_that_is_not_there_is_the_closest_beside_it(tmp_path, typed):
+    (tmp_path / "two").mkdir()
+    data = DataConfig(source=f"{tmp_path}/{typed}")
+    for read in (open_source, lambda it: open_masks(it, SegmentConfig()), lambda it: open_images([it.source])):
+        with refused(tip=f"did you mean '{tmp_path}/two'?"):
+            read(data)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 99])

@@ -157,12 +157,20 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     check(torch.compile(model), expected, blocks="encoder.layers", prefix_tokens=2)
 
 
-def test_the_tip_for_an_own_model_names_all_settings_and_prefix_tokens_among_patches_are_a_note():
-    with pytest.raises(UserError, match=r"blocks='encoder\.layers', prefix_tokens=1, norm="):
-        pdvit.analyze(Research(), pictures())
+def test_prefix_tokens_among_the_patches_are_a_note():
     (note,) = pdvit.analyze(Research(), pictures(), "similarity", blocks="encoder.layers").notes
-    assert re.fullmatch("18 tokens were read as patches.* pass prefix_tokens=2", note)
+    assert re.fullmatch("18 patches fill no square; .* prefix_tokens=2", note)
     assert not pdvit.analyze(Research(), pictures(), "similarity", **RESEARCH).notes
+
+
+def test_errors_of_an_own_model_name_the_call_and_prefix_tokens():
+    model = Research()
+    wrong = pdvit.DiverseModel(model, nn.Linear(24, 4), **RESEARCH | {"prefix_tokens": 3})
+    with pytest.raises(UserError, match=r"\(2, 15, 4\)\n.*\n.*check prefix_tokens"):
+        wrong(pictures(), torch.zeros(2, 16, dtype=torch.long))
+    model.image_size, model.stem = None, nn.Conv2d(3, 24, 300)  # by default 224 pixels
+    with pytest.raises(UserError, match=r"where: DiverseModel\(model\), with its image size"):
+        pdvit.DiverseModel(model, False, **RESEARCH)
 
 
 def adapted() -> nn.Module:
@@ -204,7 +212,7 @@ def test_wrappers_heads_and_towers_are_removed(attribute):
     [
         (partial(transformers_model, "ViTMAEModel", **NO_SIZE), {}, "shuffles patches"),
         (partial(transformers_model, "Siglip2VisionModel", **NO_SIZE), {}, "packed patches"),
-        (Research, {}, "can't read the patches of a Research.*blocks="),
+        (Research, {}, "can't read the patches of a Research.*blocks='.*prefix_tokens=1, norm="),
         (Research, {"prefix_tokens": 1}, "belong to the blocks"),
         *((Research, {"blocks": path}, f"'{path}.*did you mean 'encoder.layers'") for path in ALMOST),
         (Research, RESEARCH | {"prefix_tokens": -2}, "prefix_tokens is -2"),
