@@ -192,7 +192,9 @@ class Trainer:
         for record_type, record in records.items():
             self.logger.log(record_type, record)
         at = f"epoch {self.logger.epoch:>4.4g}" if self.logger.in_epochs else f"step {progress.step:>5}"
-        self.logger.display.log(f"{at} {headline}")
+        display = self.logger.display
+        display.log(f"{at} {headline}")
+        display.bar.update(display.task, completed=progress.step, description=" ".join(at.split()))
         value = records["eval"][self.task.best_metric]
         better = math.isfinite(value) and (progress.best is None or value > progress.best)
         if better:
