@@ -45,9 +45,8 @@ def columns_of(table: pd.DataFrame, groups: Iterable[str] = GROUPS) -> Columns:
     columns: Columns = [("layer", layers.tolist())]
     for metric in (column for group in groups for column in GROUPS[group]["columns"]):
         rows, heading = table[table["metric"] == metric].set_index("depth"), DEFINITIONS[metric].heading
-        if metric == "similarity_without_outliers" and "similarity" not in set(table["metric"]):
-            continue  # it is read beside P
-        if len(rows) and heading:
+        alone = metric == "similarity_without_outliers" and "similarity" not in set(table["metric"])  # without P
+        if len(rows) and heading and not alone:
             rows = rows.reindex(layers.index)
             columns.append((heading, _cells(rows["mean"], signed=metric == "similarity_signed")))
             if metric == "similarity":

@@ -96,9 +96,7 @@ class DataConfig:
     )
     micro_batch: int | None = key(None, "Images per pass of a process; unset: all.", "--micro-batch-size", minimum=1)
     img_size: int | None = key(None, "Side of the square input in pixels.", "--img-size", minimum=1)
-    mean: tuple[float, float, float] | None = key(
-        None, "Channel means; unset, like all preprocessing: the model's.", "--mean"
-    )
+    mean: tuple[float, float, float] | None = key(None, "Means; unset, like all preprocessing: the model's.", "--mean")
     std: tuple[float, float, float] | None = key(None, "Channel standard deviations.", "--std", above=0)
     crop_pct: float | None = key(None, "Centre-crop fraction (image files).", "--crop-pct", above=0.05, maximum=2)
     interpolation: str | None = key(None, "Resize interpolation.", "--interpolation", choices=INTERPOLATIONS)
@@ -162,7 +160,7 @@ class DiversityConfig:
     )
     first: str | None = key(
         None,
-        "First layer: block (the first with last's grid), embed (input of the blocks), patches (without positions), "
+        "First layer: block (the first, of the last stage), embed (input of the blocks), patches (without positions), "
         "or a block's number; unset: the preset's.",
         "--first",
     )

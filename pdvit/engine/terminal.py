@@ -156,7 +156,8 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
             raise KeyboardInterrupt
         if not request and os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # not by print, which the signal may have interrupted
-                os.write(2, f"\n{signal.Signals(number).name}: stopping ...\n".encode())
+                start = "\r\x1b[2K" if os.isatty(2) else "\n"  # erases a progress bar, which is drawn again below
+                os.write(2, f"{start}{signal.Signals(number).name}: stopping ...\n".encode())
         request.reason = request.reason or signal.Signals(number).name
         if request.leave:
             raise Stopped

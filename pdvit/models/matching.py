@@ -23,7 +23,7 @@ RIVAL_FRACTION = 0.5
 # timm's filters recognise their own layout by these names, which a backbone without a head lacks.
 MARKS = ("head.fc.weight", "head.norm.weight")
 POSITIONS = "pos_embed"
-UNLABELLED = "not labelled raw or ema"  # of weights
+UNLABELLED = "unknown whether raw or ema"  # of weights
 OTHER_MODEL = "the file has another architecture; name it with --model, or its sizes: --depth, --width, --patch-size"
 LISTED = 2  # names in an error or a note
 # The decoder of a masked autoencoder, which is not a part of the model.

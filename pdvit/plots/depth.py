@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from scipy.special import stdtrit
 
@@ -38,7 +39,7 @@ def plot_similarity(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawin
     with _panels(rows, (P,), (), theme) as (figure, panels):
         title = "P by layer: mean over images, band of ± one standard deviation"
         panels[P].set(ylabel="P, patch similarity", title=title)
-        name_depths(panels[P], rows, ticks=12)
+        name_depths(panels[P].xaxis, rows, ticks=12)
         return figure
 
 
@@ -88,7 +89,7 @@ def plot_compare(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
         axes.axhline(0, color=theme.muted, linewidth=0.8)
         bars: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 0.8, "elinewidth": 1.1, "capsize": 2}
         axes.errorbar(change["depth"], change["mean"], reach, color=theme.ink, **bars)
-        name_depths(axes, change.assign(run=""))
+        name_depths(axes.xaxis, change.assign(run=""))
         first, second = (style.shorten(run.name, 22) for run in runs)
         axes.set_title(f"P of {second} {MINUS} P of {first}\n(bars: 95 % confidence)")
         figure.data = pd.concat([rows, change.assign(run="difference")], ignore_index=True)
@@ -115,7 +116,7 @@ def plot_attention(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing
                 axes.plot(rows["depth"] + shift, rows["value"], markeredgewidth=0, **heads)
                 mean = rows.groupby("depth")["value"].mean()
                 axes.plot(mean.index, mean, **{**line, "marker": ""})
-            name_depths(axes, data, ticks=12)
+            name_depths(axes.xaxis, data, ticks=12)
             axes.set(title=title, ylim=(0, 1.06 * part["value"].max()))
         counts, entropy = data["tokens"].unique(), figure.axes[0]
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
@@ -182,7 +183,7 @@ def plot_spectrum(runs: Sequence[AnalyzedRun], theme: Theme = LIGHT) -> Drawing:
             axes.set(xlabel="frequency / π", xlim=(0, 1))
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
         figure.axes[0].set_ylabel("Δ log amplitude")
-        figure.colorbar(scale, ax=figure.axes, label="depth", aspect=30, pad=0.02)
+        name_depths(figure.colorbar(scale, ax=figure.axes, aspect=30, pad=0.02).ax.yaxis, data)
         return figure
 
 
@@ -265,7 +266,7 @@ def draw_metric(axes: Axes, rows: pd.DataFrame, metric: str, theme: Theme, small
             axes.plot(random["depth"], random["mean"], color=colour, **RANDOM_STYLE)
         if metric == P and len(stages):
             axes.plot(stages["depth"], stages["mean"], **_ring(theme, colour, small))
-    name_depths(axes, rows, ticks=6 if small else 8)
+    name_depths(axes.xaxis, rows, ticks=6 if small else 8)
     axes.set_xlim(rows["depth"].min() - 0.4, rows["depth"].max() + 0.4)
     axes.set_title(title, fontsize=7.5 if small else 8.5)
     axes.tick_params(labelsize=6.5 if small else 7)
@@ -298,10 +299,10 @@ def _keys(rows: pd.DataFrame, theme: Theme) -> list[Line2D]:
     return keys
 
 
-def name_depths(axes: Axes, rows: pd.DataFrame, ticks: int = 8) -> None:
+def name_depths(axis: Axis, rows: pd.DataFrame, ticks: int = 8) -> None:
     """Name the depths: embed, blocks by number, and norm where all runs end at the same depth."""
     same = rows.groupby("run")["depth"].max().nunique() == 1
     layers = dict(zip(rows["depth"], rows["layer"].astype(str), strict=True))
     names = {at: layers[at] if same or at == 0 else str(at) for at in sorted(layers)}
-    style.name_ticks(axes.xaxis, {at: name.removeprefix("block ") for at, name in names.items()}, ticks)
-    axes.set_xlabel("block" if same else "depth")
+    style.name_ticks(axis, {at: name.removeprefix("block ") for at, name in names.items()}, ticks)
+    axis.set_label_text("block" if same else "depth")

@@ -115,8 +115,9 @@ class ImageTask(ABC):
             text += f"\nwarning: tokens of {', '.join(broken)} are not finite, so P is undefined. "
             text += "Start a new run with a lower --lr, or with --clip-grad 1"
         if values[-1] > self.config.run.warn_similarity:
-            text += f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing. Try a larger "
-            text += "--cosine, a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
+            cosine = "a larger --cosine" if self.config.diversity.cosine else "--cosine 1"
+            text += f"\nwarning: P of {names[-1]} is {values[-1]:.2f}: the patches are collapsing. Try {cosine}, "
+            text += "a lower --lr or a longer --warmup-epochs (--warn-similarity sets the threshold)"
         if "skipped" in numbers:
             text += f"\nskipped, as they do not decode: {numbers['skipped']}"
         similarity = {"images": len(self.probe), "layers": names, "similarity": values}

@@ -183,7 +183,9 @@ class TestGuards:
         train("--warn-similarity", "0.01")
         shown = capsys.readouterr().out
         assert "collapsing" in shown
-        assert "--cosine" in shown
+        assert "Try a larger --cosine," in shown
+        train("--warn-similarity", "0.01", "--diversity", "none")
+        assert "Try --cosine 1," in capsys.readouterr().out
         train()
         assert "collapsing" not in capsys.readouterr().out
 

@@ -44,7 +44,7 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
             read = read_json(file)
             table = {**read["model_cfg"], "images": read.get("preprocess_cfg")}
     elif native:
-        notes = [f"no {CONFIG} beside it: mean, std and crop are those of OpenAI's CLIP"]
+        notes = [f"no {CONFIG} found: mean, std and crop are those of OpenAI's CLIP"]
     else:
         return None
     vision, images = table.get("vision_cfg") or {}, table.get("images") or {}

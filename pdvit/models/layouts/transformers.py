@@ -179,7 +179,7 @@ def convert(tensors: Tensors, config: Mapping[str, Any], folder: Path, where: st
     convert, published, defaults = MODEL_TYPES[name]
     if not images:
         images = dict(published)
-        notes = [f"no {PROCESSORS[0]} beside it: mean and std are those of published '{name}' models, the rest timm's"]
+        notes = [f"no {PROCESSORS[0]} found: mean and std are those of published '{name}' models, the rest timm's"]
     settings = {"image_size": None, **defaults, **config, **(config.get("vision_config") or {})}
     settings |= {"model_type": name, "size": size}
     for anchor in anchors:  # a classifier stands beside the model, and in version 5 the blocks of some files too

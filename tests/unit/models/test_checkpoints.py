@@ -121,7 +121,7 @@ def test_a_lone_file_takes_the_model_that_is_named(save):
     model = timm.create_model(VIT, num_classes=7, img_size=64)
     file = save(model.state_dict())
     found = load(file, VIT)
-    assert (found.selected.weights, found.model.num_classes) == ("not labelled raw or ema", 7)
+    assert (found.selected.weights, found.model.num_classes) == ("unknown whether raw or ema", 7)
     assert equal(found.model, model)
     assert "--model" in refuse(file).tip
     assert f"'{VIT}'" in refuse(file, "test_vi").tip

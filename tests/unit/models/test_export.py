@@ -105,7 +105,9 @@ def test_the_weights_of_an_export_are_raw_or_ema_as_declared_or_unknown(tmp_path
         assert load(folder).selected.weights == weights
         assert f"are {weights}, and none that are {other}" in refuse(folder, weights=other).what
     for metadata in (None, {"weights": "foo"}, {"weights": ["ema"]}):
-        assert load(with_header(tmp_path, config | {"pdvit": metadata})).selected.weights == "not labelled raw or ema"
+        assert (
+            load(with_header(tmp_path, config | {"pdvit": metadata})).selected.weights == "unknown whether raw or ema"
+        )
 
 
 def test_random_weights_are_those_of_timm_and_leave_the_generator_alone(tmp_path, files):

@@ -24,7 +24,7 @@ def tensors(*prefixes, names=NAMES):
     ("prefix", "weights"),
     [
         # only a part of a word is "ema"
-        *((prefix, "not labelled raw or ema") for prefix in ("", "any.thing.", "schema.")),
+        *((prefix, "unknown whether raw or ema") for prefix in ("", "any.thing.", "schema.")),
         *((prefix, "raw") for prefix in ("state_dict.module.", "model.", "student.module.backbone.")),
         *((prefix, "ema") for prefix in ("teacher.backbone.", "model_ema.", "state_dict_ema._orig_mod.")),
     ],

@@ -206,3 +206,4 @@ def test_every_spectrum_is_a_line(folders):
         assert lines[1].get_xdata().tolist() == [0, 0.5, 1]
         assert lines[1].get_ydata().tolist() == run.curve("spectrum", "by_frequency")["block 1"].tolist()
     assert len(figure.data) == 15 * 3
+    assert [text.get_text() for text in figure.axes[-1].get_yticklabels()] == ["embed", "1", "2", "3", "norm"]
