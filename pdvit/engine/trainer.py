@@ -191,8 +191,8 @@ class Trainer:
         for record_type, record in records.items():
             self.logger.log(record_type, record)
         at = f"epoch {self.logger.epoch:>4.4g}" if self.logger.in_epochs else f"step {progress.step:>5}"
-        self.logger.display.log(f"{at} {headline}")
         self.logger.display.bar.update(self.logger.display.task, completed=progress.step, description=at)
+        self.logger.display.log(f"{at} {headline}")
         value = records["eval"][self.task.best_metric]
         better = math.isfinite(value) and (progress.best is None or value > progress.best)
         if better:
