@@ -137,8 +137,7 @@ class Research(nn.Module):
 
 
 RESEARCH = {"blocks": "encoder.layers", "prefix_tokens": 2, "norm": "ln"}
-ALMOST = ("encoder.layer", "encoder.layers.0")
-NO_NORM = ("norm", "encoder.ln", "encoder.layers")
+ALMOST, NO_NORM = ("encoder.layer", "encoder.layers.0"), ("norm", "encoder.ln", "encoder.layers")
 
 
 @torch.no_grad()
@@ -148,8 +147,7 @@ def test_any_module_with_a_path_or_a_list_of_its_blocks():
     layers = ["embed", "block 1", "block 2", "block 3", "norm"]
     expected = {layer: tokens[:, 2:] for layer, tokens in zip(layers, kept, strict=True)}
     check(model, expected, **RESEARCH)
-    diverse = pdvit.DiverseModel(model, patch_head=False, **RESEARCH)
-    check(torch.optim.swa_utils.AveragedModel(nn.DataParallel(diverse)), expected)
+    check(nn.DataParallel(pdvit.DiverseModel(model, patch_head=False, **RESEARCH)), expected)
     model.again, model.last = model.encoder["layers"], model.ln
     check(model, expected, blocks="again", prefix_tokens=2, norm="last")
     del expected["norm"]
