@@ -357,8 +357,8 @@ class LayerMetrics:
                 curves.setdefault(group, {})[f"{metric}/{layer}"] = moments.mean.numpy()
         table = pd.DataFrame(rows, columns=COLUMNS)
         notes, count = list[str](), sums.tokens["embed"]
-        extra, square = count - math.isqrt(count) ** 2, self.batch.shape[-2] == self.batch.shape[-1]
-        if not self.places["embed"].prefix and square and 0 < extra <= 8:  # published models have up to 5
+        extra, sides = count - math.isqrt(count) ** 2, {*self.batch.shape[-2:]}  # a rank may have no images
+        if not self.places["embed"].prefix and len(sides) == 1 and 0 < extra <= 8:  # published models have up to 5
             notes.append(f"{count} patches fill no square; with class or register tokens, pass prefix_tokens={extra}")
         if "drift" in self.groups:
             start = next(layer for layer in self.places if ("drift", "drift_cosine", layer) in sums.moments)
