@@ -52,5 +52,6 @@ def rewrite(run: Path, tensors: dict | None = None, config: dict | None = None) 
     """Write a checkpoint again with other weights or another configuration."""
     from safetensors.torch import load_file, save_file
 
-    file = run / "model.safetensors"
-    save_file(tensors or load_file(file), file, {"config.json": json.dumps(config or read_json(run / "config.json"))})
+    file, new = run / "model.safetensors", run / "new.safetensors"  # tensors may lie in the old file
+    save_file(tensors or load_file(file), new, {"config.json": json.dumps(config or read_json(run / "config.json"))})
+    new.replace(file)
