@@ -25,4 +25,5 @@ class Definition:
 _FILE = Path(__file__).parent / "analysis" / "metrics" / "definitions.toml"  # beside the functions
 GROUPS: dict[str, dict[str, Any]] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 DEFAULT = ("similarity", "similarity_signed", "norms")
+LIMIT = 256  # images that are measured, by default
 DEFINITIONS = {column: Definition(**fields) for group in GROUPS.values() for column, fields in group["columns"].items()}

@@ -3,12 +3,13 @@
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from glob import glob
+from glob import iglob
+from itertools import islice
 
-# Letters in a line of an error.
-LONGEST = 2000
+LONGEST = 2000  # letters in a line of an error
+MAX_COMPARED = 5000  # names in a folder: to compare them takes 0.2 s
 
 
 class UserError(Exception):
@@ -80,5 +81,7 @@ def closest(name: str, options: Iterable[str], shown: int = 8, folder: str = "",
 def closest_path(path: str, otherwise: str) -> str:
     """Return a tip: the path beside `path`, which does not exist, that is most like it, or `otherwise`."""
     folder, name = os.path.split(os.path.normpath(os.path.expanduser(path)))
-    names = sorted({*glob("*", root_dir=folder or ".")} - {name})
+    names = list[str]()
+    with suppress(ValueError):  # of a null byte
+        names = sorted({*islice(iglob("*", root_dir=folder or "."), MAX_COMPARED)} - {name})
     return closest(name, names, folder=folder and f"{folder}/", otherwise=otherwise)

@@ -58,8 +58,7 @@ class Analysis:
 
     def with_random(self, random: "Analysis") -> "Analysis":
         """Add P of the same model with random weights, as the metric `similarity_random`."""
-        # the backbone of a segmentation may lack the final norm
-        rows = random.table[(random.table["metric"] == "similarity") & random.table["layer"].isin(self.layers)]
+        rows = random.table[random.table["metric"] == "similarity"]
         rows = rows.assign(metric="similarity_random", model=self.table["model"].iloc[0])
         return replace(self, table=pd.concat([self.table, rows], ignore_index=True))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
-from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS
+from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS, LIMIT
 from pdvit.errors import UserError, command
 from pdvit.workflows.console import log, make_console, process_group
 
@@ -37,7 +37,7 @@ def analyze(
     metrics: Annotated[
         list[str] | None, typer.Option(metavar="<group>", autocompletion=lambda: GROUPS, help=METRIC_NAMES)
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, metavar="<int>", help="Maximum number of images.")] = 256,
+    limit: Annotated[int, typer.Option(min=1, metavar="<int>", help="Maximum number of images.")] = LIMIT,
     out: Annotated[Path | None, typer.Option(help="Folder for the results of one checkpoint.")] = None,
     explore: Annotated[bool, typer.Option("--explore", help="Write explorer.html: similar patches per image.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, the whole analysis.")] = False,
@@ -102,7 +102,7 @@ def _analyze(
                 if verbose:
                     print_conditions(result.analysis.table, result.facts, console)
                 if verbose or not (folder / "run.toml").is_file():
-                    log(console, f"written  {file}", words=True)
+                    log(console, f"written  {file}")
         stopped = analyzer.stopped()
     if main and explore and not stopped:
         write_explorer(results, analyzer)
@@ -183,7 +183,7 @@ def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole")
     analyses = [(result.analysis.table, result.facts) for result in results]
     with writing("the page", file):
         write_file(file, report_page(analyses, figures, describe_environment(results[0].facts["device"])))
-    log(console, f"written  {file}", words=True)
+    log(console, f"written  {file}")
 
 
 def _report_figures(results: "Sequence[CheckpointAnalysis]", theme: "Theme") -> "dict[str, Drawing]":

@@ -80,7 +80,7 @@ def evaluate(
             file = _write(folder, numbers, files)
             _print_scores(numbers, table, console)
             names = ", ".join(dict.fromkeys(name.split("/")[0] for name in files))
-            log(console, f"written  {file}, {names}", words=True)
+            log(console, f"written  {file}, {names}")
             figure = "segmentation" if windows else "confusion"
             log(console, f"next     {command('plot', figure, folder)}", "accent", words=True)
             if as_json:
@@ -256,7 +256,7 @@ def predict(
         write_file(target, content)
     _print_labels(shown, len(files), opened.loader.bad.found, console)
     if target:
-        log(console, f"written  {target / 'masks' if windows else target}", words=True)
+        log(console, f"written  {target / 'masks' if windows else target}")
     return 0
 
 

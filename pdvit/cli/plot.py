@@ -221,7 +221,7 @@ def _find(
             raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
             if not file.startswith("analysis") and not (folder / "run.toml").is_file():
-                raise UserError("the figure needs a run directory", str(folder), closest_run(str(folder), file))
+                raise UserError(f"the folder has no {file}, and is no run", str(folder), closest_run(str(folder), file))
             raise UserError(f"the run has no {file}", str(folder), f"run first: {again(folder)}")
     if labels is not None:
         names = labels.split(",")
@@ -261,8 +261,8 @@ def _write(
     if out is None:
         full = "-".join([name, *runs])
         safe = re.sub(r"[^\w.=-]", "-", full)[:60]  # of at most 240 bytes: a file name has up to 255
-        if safe != full:  # two names must not become one
-            safe += f"-{sha256(full.encode()).hexdigest()[:8]}"
+        if safe != full:  # names that differ further on must not become one
+            safe += f"-{sha256(full.encode(errors='surrogateescape')).hexdigest()[:8]}"
         out = Path("figures") / f"{safe}.png"
     table = figure.data.to_csv(index=False, float_format="%.6g")
     texts = {out.with_suffix(".csv"): table} | ({out.with_suffix(".md"): page} if page else {})

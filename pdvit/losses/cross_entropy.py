@@ -44,7 +44,7 @@ def check_targets(shape: tuple[int, ...], targets: Tensor, multi_label: bool) ->
     if targets.shape != shape and (multi_label or not indices):
         what = f"targets of shape {tuple(targets.shape)} ({targets.dtype}) for logits of shape {shape}"
         or_indices = "" if multi_label else f"class indices {shape[:-1]}, or "
-        few = len(shape) > 2 <= targets.ndim and 0 < abs(targets.shape[1] - shape[1]) <= 8
+        few = len(shape) > 2 and targets.ndim > 1 and 0 < abs(targets.shape[1] - shape[1]) <= 8
         tip = "check prefix_tokens of the model, or " if few else ""
         raise UserError(what, where, f"{tip}pass {or_indices}a number from 0 to 1 for each class, {shape}")
     if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():

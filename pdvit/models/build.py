@@ -40,7 +40,9 @@ TOO_LARGE, MAX_MODULES = r"(?<![\d.])\d{7,}", 20_000
 
 def readable_models() -> list[str]:
     """Return the names of timm's models in its modules with a family that pdvit can read."""
-    modules = {name: vars(sys.modules[timm.model_entrypoint(name).__module__]) for name in timm.list_models()}
+    modules = {
+        name: vars(sys.modules.get(timm.model_entrypoint(name).__module__, object)) for name in timm.list_models()
+    }
     return [name for name, content in modules.items() if FAMILIES.keys() & content.keys()]
 
 

@@ -94,8 +94,10 @@ REFUSED = {
     "transformers.Siglip2VisionModel": ("it takes packed patches", "use SigLIP 2 of a fixed size, a SiglipVisionModel"),
 }
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES | REFUSED
-OTHER_MODEL = "use a model that docs/losses.md lists; or, in Python, name the blocks, prefix tokens and norm of yours: "
-OTHER_MODEL += "blocks='encoder.layers', prefix_tokens=1, norm='encoder.ln'"
+OTHER_MODEL = (
+    "use a model that docs/losses.md lists; or, in Python, name the blocks, prefix tokens and norm of your model: "
+    "blocks='encoder.layers', prefix_tokens=1, norm='encoder.ln'"
+)
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
 WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}
 INSIDE = WRAPPERS | {

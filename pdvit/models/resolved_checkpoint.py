@@ -23,7 +23,7 @@ from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.families import family_of
 from pdvit.models.layouts.conversion import VIT_SIZES, Converted, is_square
 from pdvit.models.matching import SelectedWeights, classifiers_of, select_weights
-from pdvit.models.segmentation.segmenter import Adapter, make_adapter
+from pdvit.models.segmentation.segmenter import Adapter, make_adapter, prune
 
 Palette = list[tuple[int, int, int]]
 COPY = "copy the file again"
@@ -53,12 +53,15 @@ class ResolvedCheckpoint:
         return self.arguments.get("num_classes") == len(classes) and self.classes in (None, list(classes))
 
     def with_random_weights(self) -> nn.Module:
-        """Return the timm model with timm's initialisation, on the CPU; torch's generators keep their state."""
+        """Return the model, as pruned, with timm's initialisation, on the CPU; torch's generators keep their state."""
         where = f"{self.architecture} with random weights"
         check_memory(self.model, where)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return create_model(self.architecture, dict(self.arguments), where).eval()
+            model = create_model(self.architecture, dict(self.arguments), where).eval()
+        if self.adapter:
+            prune(model, self.adapter)
+        return model
 
 
 def resolve_checkpoint(

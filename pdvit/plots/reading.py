@@ -1,6 +1,7 @@
 """Reads the files that figures are drawn from. Errors name the command that makes them."""
 
 import csv
+import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -66,11 +67,12 @@ def read_arrays(file: Path, tip: str) -> Arrays:
 
 def analyze_again(folder: Path, group: str = "similarity", explore: bool = False) -> str:
     """Return the command that measures again what a folder has, on the same images, and one more group, or maps."""
-    words, measured = [str(folder)], list(DEFAULT)
+    words, measured = [checkpoint_of(folder)], list(DEFAULT)
     with suppress(Exception):  # missing, damaged, or of an older version
         facts = read_json(folder / "analysis" / "analysis.json")
         words, measured = [*map(str, facts["arguments"])], [*map(str, facts["groups"])]
-    words += [] if words[0] == str(folder) else ["--out", str(folder)]
+    own = (folder / "run.toml").is_file() or os.path.abspath(words[0]) == os.path.abspath(folder)
+    words = [str(folder), *words[1:]] if own else [*words, "--out", str(folder)]
     metrics = [*dict.fromkeys([*measured, group])]
     words += [] if metrics == list(DEFAULT) else ["--metrics", ",".join(metrics)]
     words += ["--explore"] if explore or (folder / "analysis" / "maps.npz").exists() else []
@@ -78,7 +80,13 @@ def analyze_again(folder: Path, group: str = "similarity", explore: bool = False
 
 
 def eval_again(folder: Path) -> str:
-    """Return the command that repeats the evaluation in a folder."""
-    with suppress(Exception):  # missing or damaged
-        return command("eval", str(read_json(folder / "eval.json")["checkpoint"]))
-    return command("eval", folder)
+    """Return the command that evaluates the checkpoint of a folder of results."""
+    return command("eval", checkpoint_of(folder))
+
+
+def checkpoint_of(folder: Path) -> str:
+    """Return the checkpoint of a folder of results: the run itself, or the one that its JSON names."""
+    for file in () if (folder / "run.toml").is_file() else ("analysis/analysis.json", "eval.json"):
+        with suppress(Exception):  # missing or damaged
+            return str(read_json(folder / file)["checkpoint"])
+    return str(folder)

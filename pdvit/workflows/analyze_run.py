@@ -1,5 +1,6 @@
 """The measurements and pages of `pdvit analyze`: each checkpoint, its model with random weights, CKA with the first."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, open_images
 from pdvit.data.sources.split import ArraySplit
-from pdvit.definitions import DEFINITIONS
+from pdvit.definitions import DEFINITIONS, LIMIT
 from pdvit.engine.device import device_name
 from pdvit.engine.distributed import SINGLE_PROCESS, Ranks, init_process_group
 from pdvit.engine.terminal import RunConsole, Stopped
@@ -81,8 +82,7 @@ class Analyzer:
         bad = {name for names in self.ranks.all_gather(set(opened.loader.bad.found)) for name in names}
         left_out = [f"{count(len(bad), 'image')} left out that can't be decoded"] if bad else []
         analysis = replace(analysis, notes=[*left_out, *analysis.notes])
-        again = [path, *opened.options, *(word for name in self.images for word in ("--images", name))]
-        facts = describe(analysis, opened, images, stopped, again) | {"groups": groups}
+        facts = describe(analysis, opened, images, stopped, self._again(opened)) | {"groups": groups}
         return CheckpointAnalysis(path, folder, name, images, analysis, facts, between)
 
     def stopped(self) -> bool:
@@ -95,6 +95,13 @@ class Analyzer:
             opened = open_checkpoint(Path(path), self.ranks, backbone=True, **self.opening)
             images = open_images(self.images) if self.images else opened.images
         return opened, images.subsample(self.limit)
+
+    def _again(self, opened: OpenedCheckpoint) -> list[str]:
+        """Return the arguments of pdvit analyze that measure a checkpoint on these images again."""
+        words = [str(opened.path), *opened.options, *(word for name in self.images for word in ("--images", name))]
+        words += ["--limit", str(self.limit)] if self.limit != LIMIT else []
+        skips = self.images and opened.config.data.on_bad_image == "skip"
+        return [*words, *(["--on-bad-image", "skip"] if skips else [])]
 
     def _batches(self, opened: OpenedCheckpoint, images: ImageSet, label: str) -> "Iterator[Tensor]":
         """Yield this rank's batches until a stop is requested, with a progress bar."""
@@ -152,7 +159,7 @@ def describe(
     return {
         "model": loaded.name,
         "checkpoint": str(opened.path),
-        "arguments": again,
+        "arguments": [os.path.abspath(word) if os.path.exists(word) else word for word in again],
         "weights": loaded.selected.weights,
         "images": f"{images.description}; {resized} to {preprocessing.size}x{preprocessing.size} px",
         "images_measured": analysis.images,
@@ -205,10 +212,10 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
             random = read_maps(random_model(opened.loaded), pixels, normalise, max_bytes=max_bytes)
             maps = replace(maps, random=random.similarity)
         models.append(maps)
-    count, left_out = min(len(maps.names) for maps in models), len(bad.found)
-    fewer = "; more would make the page larger than 10 MB" if count < len(shown.split) - left_out else ""
+    explored, left_out = min(len(maps.names) for maps in models), len(bad.found)
+    fewer = "; more would make the page larger than 10 MB" if explored < len(shown.split) - left_out else ""
     broken = f"; {left_out} left out that do not decode" if left_out else ""
-    notes = [f"images: {count} of {len(images.split):,}, spread evenly ({images.description}){fewer}{broken}"]
+    notes = [f"images: {explored} of {len(images.split):,}, spread evenly ({images.description}){fewer}{broken}"]
     page = results[0].folder / "explorer.html"
     with writing("the page", page):
         for result, maps in zip(results, models, strict=True):
@@ -216,4 +223,4 @@ def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) ->
         write_file(page, explorer_page(models, notes))
     for note in [*notes, *(f"{maps.model}: {note}" for maps in models for note in maps.notes)]:
         log(analyzer.console, f"explorer {note}")
-    log(analyzer.console, f"written  {page}", words=True)
+    log(analyzer.console, f"written  {page}")

@@ -48,7 +48,7 @@ def wrap(line: str, width: int) -> list[str]:
     parts = re.fullmatch(r"( *\w+(?:: |  ) *|)(.*?)((?<=: |  )pdvit .*)?", line)
     label, prose, command = parts.groups()  # type: ignore[union-attr]
     indent = " " * len(label)
-    words = textwrap.wrap(prose, width - len(label), break_long_words=False, break_on_hyphens=False) or [""]
+    words = textwrap.wrap(prose, max(1, width - len(label)), break_long_words=False, break_on_hyphens=False) or [""]
     return [label + words[0], *(indent + part for part in [*words[1:], *([command] if command else [])])]
 
 

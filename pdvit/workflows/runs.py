@@ -279,7 +279,7 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
         with suppress(Exception):  # another run may be damaged
             config = saved_config(path, [])
             data, model = config.data, config.model
-            shape = model.name, model.depth, model.width, model.patch_size, model.args, data.img_size
+            shape = model.name, model.depth, model.width, model.heads, model.patch_size, model.args, data.img_size
             return config.segment.head is None, data.source, data.val_split, data.split_seed, shape
         return None
 
@@ -291,9 +291,9 @@ def print_summary(run: Path, summary: Mapping[str, Any], console: RunConsole) ->
     whole = summary["epochs"] % 1 == 0
     length = count(int(summary["epochs"]), "epoch") if whole else count(summary["steps"], "step")
     log(console, f"{length} in {summary['seconds']:.0f} s, {describe_rate(summary['images_per_second'])}")
-    log(console, f"records   {run}/metrics.jsonl, summary.json", words=True)
-    log(console, f"weights   {run}/model.safetensors", words=True)
-    log(console, f"use       {use}", words=True)
+    log(console, f"records   {run}/metrics.jsonl, summary.json")
+    log(console, f"weights   {run}/model.safetensors")
+    log(console, f"use       {use}")
     log(console, f"repeat    {command('train', '--config', run / 'run.toml')}", words=True)
     log(console, f"next      {command('analyze', *alike[:1], run)}", "accent", words=True)
 

@@ -200,7 +200,7 @@ class TestRefused:
         assert "absent" in refusal("plot", "similarity", "absent").where
         (workplace / "weights").mkdir()
         for figure in ("training", "confusion", "segmentation"):
-            refusal("plot", figure, "weights", what="needs a run directory", tip="train one")
+            refusal("plot", figure, "weights", what="is no run", tip="train one")
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):
@@ -211,7 +211,9 @@ def test_the_tip_for_a_missing_figure_measures_the_same_images_and_keeps_the_oth
     workplace, run_copy, image_folder, capsys, refusal
 ):
     images = image_folder / "train" / "blue"
-    assert pdvit(["analyze", str(run_copy), "--images", str(images), "--explore", *CPU]) == 0
+    (images / "a broken one.png").write_bytes(b"no image")
+    some = ["--images", str(images), "--limit", "5", "--on-bad-image", "skip"]
+    assert pdvit(["analyze", str(run_copy), *some, "--explore", *CPU]) == 0
     before = pd.read_csv(run_copy / "analysis.csv")
     tip = refusal("plot", "pairs", str(run_copy)).tip
     assert pdvit([*shlex.split(tip)[3:], *CPU]) == 0

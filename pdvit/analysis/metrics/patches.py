@@ -70,6 +70,6 @@ def grid_of(count: int, image_size: Sequence[int]) -> tuple[int, int]:
     rows = max(1, round((count * height / width) ** 0.5))
     if count % rows:
         what = f"{count} patches form no grid of the shape of a {height}x{width} image"
-        tip = "leave out spectrum, attention and --explore, use images that the patches fill, or pass prefix_tokens"
+        tip = "leave out spectrum, attention and --explore, use other images, or, in Python, pass prefix_tokens"
         raise UserError(what, "--metrics, in Python analyze(metrics=...)", tip)
     return rows, count // rows

@@ -121,9 +121,9 @@ def classifier(tmp_path_factory):
 @torch.no_grad()
 def test_loaded_as_a_classifier_it_is_the_backbone(tmp_path, name):
     segmenter = make(name=name, crop=64)
-    model = load_model(resolve_checkpoint(saved(tmp_path, segmenter)), backbone=True).model
-    expected = segmenter.backbone.state_dict()
-    assert model.state_dict().keys() == expected.keys()
+    loaded = load_model(resolve_checkpoint(saved(tmp_path, segmenter)), backbone=True)
+    model, expected = loaded.model, segmenter.backbone.state_dict()
+    assert model.state_dict().keys() == loaded.with_random_weights().state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     layers = tokens_of(model, images(1, 64, 64))
     assert all(tokens.isfinite().all() for tokens in layers.values())
