@@ -16,7 +16,8 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = [file for file in sorted(FOLDER.glob("*/*.toml")) if file.parent.name != "recipes"]  # of one run each
 # Sweeps of which each variant has the rate, or one of its rates, that a table of tuning says.
 RATES = {f"{name}/cpu": f"{name}/tuning" for name in ("ablation", "digits", "remedies")}
-RATES |= {"transfer/pretrain": "ablation/tuning", "lasting/deep": "lasting/deep-tuning"}
+RATES |= {"transfer/pretrain": "ablation/tuning"}
+RATES |= {f"lasting/{name}": f"lasting/{name}-tuning" for name in ("deep", "complete")}
 # The recipes for a GPU, in the order of their chains, and what makes them small.
 CHAINS = (["ablation/gpu-tuning"], ["depth/gpu"], ["remedies/gpu"], ["ablation/gpu", "transfer/gpu"])
 CHAINS += (["segmentation/gpu-backbones", "segmentation/gpu"],)
