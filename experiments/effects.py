@@ -91,6 +91,7 @@ QUESTIONS = [
         ("published", "published ViT-S, pets", "published/results-mend-pets.csv", BOTH),
         ("lasting", "CIFAR-100, 10 classes, 60 epochs", "lasting/results-ten.csv", BOTH),
         ("lasting", "CIFAR-100, 10 classes, 24 blocks", "lasting/results-deep.csv", BOTH),
+        ("lasting", "CIFAR-100, 100 classes, 30 epochs", "lasting/results-complete.csv", BOTH),
         ("lasting", "digits, 12 blocks, 40 epochs", "ablation/results-long.csv", BOTH),
         ("weights", "CIFAR-100, 10 classes", "weights/results-best.csv", ("cosine-plain-1", "cosine-plain-3", "paper")),
         ("prevention", "pets from distinct patches", "prevention/results-pets.csv", ("cosine", "gram-10", "both-10")),
