@@ -25,6 +25,7 @@ from pdvit.engine.distributed import init_process_group
 from pdvit.engine.trainer import Trainer
 from pdvit.tasks.classification import ClassificationTask
 from pdvit.tasks.segmentation import SegmentationTask
+from pdvit.workflows.console import process_group
 from tests.files import assert_same, newest_step, read_json
 from tests.processes import TORCHRUN, wait
 
@@ -75,8 +76,6 @@ def train_steps(out, settings, steps, wide):
             save_file(tensors, out / f"{name}.safetensors")
         (out / "numbers.json").write_text(json.dumps({"train": means} | records))
     torch.use_deterministic_algorithms(False)
-    if ranks.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def steps(out, processes, settings, precision="short", count=STEPS):
@@ -95,7 +94,8 @@ def steps(out, processes, settings, precision="short", count=STEPS):
             others.append(subprocess.Popen(command, cwd=ROOT))
         patch.setenv("RANK", "0")
         if here:
-            train_steps(out, settings, count, precision == "wide")
+            with process_group():
+                train_steps(out, settings, count, precision == "wide")
     assert all(other.wait(PATIENCE) == 0 for other in others)
     files = {file.stem: load_file(file) for file in out.glob("*.safetensors")}
     tensors = {f"{file}.{name}": value for file, values in files.items() for name, value in values.items()}
@@ -315,4 +315,5 @@ def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resu
 
 
 if __name__ == "__main__":
-    train_steps(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wide")
+    with process_group():
+        train_steps(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wide")
