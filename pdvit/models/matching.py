@@ -24,7 +24,7 @@ RIVAL_FRACTION = 0.5
 MARKS = ("head.fc.weight", "head.norm.weight")
 POSITIONS = "pos_embed"
 UNLABELLED = "unknown whether raw or ema"  # of weights
-OTHER_MODEL = "the file has another architecture; name it with --model, or its sizes: --depth, --width, --patch-size"
+OTHER_MODEL = "the file has another architecture; give its --model, or its --depth, --width, --heads, --patch-size"
 LISTED = 2  # names in an error or a note
 # The decoder of a masked autoencoder, which is not a part of the model.
 DECODER = ("decoder_", "decoder.", "mask_token")

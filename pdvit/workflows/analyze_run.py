@@ -10,7 +10,6 @@ from pdvit.analysis import Analysis, cka_between, measure
 from pdvit.analysis.measure import Images, select_metrics
 from pdvit.analysis.verdict import verdict
 from pdvit.config.recipes import merge_layers
-from pdvit.config.schema import KEYS
 from pdvit.data.images import BadImages
 from pdvit.data.loader import eval_batches
 from pdvit.data.opening import ImageSet, open_images
@@ -180,20 +179,14 @@ def describe(
 
 
 def _command_to_reduce_p(opened: OpenedCheckpoint) -> str:
-    """Return the command that reduces P: trains a run again with another setting, or finetunes."""
-    config, names = opened.config, [str(opened.path), *opened.options]
-    if opened.is_run and config.model.init is None:
-        train = ["train", "--config", str(opened.path / "run.toml")]
-        train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
-        train += ["--variant", "paper"] if config.diversity.variant == "released" else []  # it has no cosine term
-    else:
-        source = config.data.source if opened.is_run else "FOLDER"
-        train = ["finetune" if opened.loaded.adapter is None else "segment", *names, "--data", source]
-        for name in ("root", "train_split", "val_split", "input_key", "target_key"):
-            value = getattr(config.data, name)
-            train += [] if value is None else [KEYS[f"data.{name}"].flags[0], value]
-        train += ["--cosine", f"{2 * (config.diversity.cosine or 0.5):g}"]
-    return command(*train)
+    """Return the command that reduces P: trains a run again with another setting, or finetunes a checkpoint."""
+    if not opened.is_run:
+        trained = "finetune" if opened.loaded.adapter is None else "segment"
+        return command(trained, str(opened.path), *opened.options, "--data", "FOLDER", "--cosine", "1")
+    terms = opened.config.diversity
+    variant = ["--variant", "paper"] if terms.variant == "released" else []  # it has no cosine term
+    again = ("train", "--config", str(opened.path / "run.toml"))
+    return command(*again, "--cosine", f"{2 * (terms.cosine or 0.5):g}", *variant)
 
 
 def write_explorer(results: Sequence[CheckpointAnalysis], analyzer: Analyzer) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,13 +17,11 @@ from safetensors.torch import load_file
 
 import pdvit as library
 from pdvit.cli import run as pdvit
-from pdvit.config import build
 from pdvit.config.schema import DataConfig
 from pdvit.data.opening import open_source
 from pdvit.definitions import DEFINITIONS
 from pdvit.engine.terminal import Stopped
 from pdvit.workflows import analyze_run
-from pdvit.workflows.checkpoint import OpenedCheckpoint
 from tests.cli.conftest import CPU
 from tests.files import rewrite
 from tests.processes import TORCHRUN
@@ -209,15 +206,6 @@ def test_places_that_are_missing_or_can_not_be_written(refusal, run_copy, tmp_pa
     assert str(tmp_path / "file") in refusal("analyze", "absent", "--out", tmp_path / "file" / "folder").where
     (run_copy / "model.safetensors").unlink()
     assert "resume" in refusal("analyze", run_copy).tip
-
-
-def test_the_advice_for_a_run_from_a_checkpoint_reads_the_data_of_the_run():
-    data = {"source": "torch/cifar10", "root": "d", "train_split": "a", "val_split": "b"}
-    data |= {"input_key": "i", "target_key": "t"}
-    config = build(("", {"data": data, "model": {"init": "x"}, "diversity": {"cosine": 1.0}}))
-    opened = OpenedCheckpoint(Path("a"), True, SimpleNamespace(adapter=None), config, None)
-    flags = "--data-dir d --train-split a --val-split b --input-key i --target-key t"
-    assert analyze_run._command_to_reduce_p(opened) == f"pdvit finetune a --data torch/cifar10 {flags} --cosine 2"
 
 
 @pytest.fixture

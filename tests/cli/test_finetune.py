@@ -1,6 +1,7 @@
 import argparse
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,6 +13,9 @@ from timm.utils import CheckpointSaver
 
 from pdvit.cli import app
 from pdvit.cli import run as pdvit
+from pdvit.workflows.analyze_run import _command_to_reduce_p
+from pdvit.workflows.checkpoint import OpenedCheckpoint
+from pdvit.workflows.runs import saved_config
 from tests.files import read_json, read_recipe, read_records, weights
 
 VIT = "vit_tiny_patch16_224"
@@ -31,6 +35,14 @@ def timm_saved(folder, model):
     saver = CheckpointSaver(model, torch.optim.SGD(model.parameters(), 0.1), args, checkpoint_dir=str(folder))
     saver.save_checkpoint(0, 0.5)
     return folder / "last.pth.tar"
+
+
+@pytest.mark.parametrize(("command", "data"), [("finetune", []), ("segment", ["--data", "scenes", "--head", "linear"])])
+def test_the_advice_for_a_run_from_a_checkpoint_repeats_it_with_all_its_settings(workplace, started, command, data):
+    assert pdvit([command, str(timm_saved(workplace, make())), *SHORT, *data, "--cosine", "1", "--out", "run"]) == 0
+    saved = saved_config(workplace / "run", [])
+    advice = _command_to_reduce_p(OpenedCheckpoint(workplace / "run", True, None, saved, None))
+    assert started(*advice.split()[1:]) == replace(saved, diversity=replace(saved.diversity, cosine=2.0))
 
 
 def test_a_checkpoint_of_timm_is_finetuned_and_resumed_without_its_file(workplace, capsys, refusal):

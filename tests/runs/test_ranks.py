@@ -48,6 +48,7 @@ class Wide(ClassificationTask):
         return super().step(network, replace(batch, images=batch.images.double()))
 
 
+@process_group()
 def train_steps(out, settings, steps, wide):
     """Train some steps of a real task in this process, and write its weights and numbers to a folder."""
     torch.use_deterministic_algorithms(True)
@@ -94,8 +95,7 @@ def steps(out, processes, settings, precision="short", count=STEPS):
             others.append(subprocess.Popen(command, cwd=ROOT))
         patch.setenv("RANK", "0")
         if here:
-            with process_group():
-                train_steps(out, settings, count, precision == "wide")
+            train_steps(out, settings, count, precision == "wide")
     assert all(other.wait(PATIENCE) == 0 for other in others)
     files = {file.stem: load_file(file) for file in out.glob("*.safetensors")}
     tensors = {f"{file}.{name}": value for file, values in files.items() for name, value in values.items()}
@@ -315,5 +315,4 @@ def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path, saved, resu
 
 
 if __name__ == "__main__":
-    with process_group():
-        train_steps(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wide")
+    train_steps(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "wide")
