@@ -9,7 +9,10 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral", "gram")
+# paper: arXiv 2104.12753 v3; v1: its first version; released: ChengyueGongR/PatchVisionTransformer at b70ee23;
+# diverse-vit: VITA-Group/Diverse-ViT, reg.py. docs/losses.md has them side by side.
 VARIANTS = ("paper", "v1", "released", "diverse-vit")
+# paper: arXiv 2508.10104; the others: options of facebookresearch/dinov3, dinov3/loss/gram_loss.py at 6876159.
 GRAM_VARIANTS = ("paper", "remove-neg", "remove-only-teacher-neg", "batch")
 SCHEDULES = ("cosine", "poly", "wsd", "tanh", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -1,10 +1,11 @@
 """The diversity terms: pure functions of tensors; `objective` adds them up."""
 
+from pdvit.config.schema import TERMS
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.gram import gram_loss
 from pdvit.losses.mixing import mixing_loss
 from pdvit.losses.objective import Objective
-from pdvit.losses.terms import TERMS, cosine_loss, koleo_loss, spectral_loss
+from pdvit.losses.terms import cosine_loss, koleo_loss, spectral_loss
 
 __all__ = [
     "TERMS",

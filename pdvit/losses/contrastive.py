@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pdvit.config.schema import VARIANTS
 from pdvit.errors import UserError
-from pdvit.losses.terms import VARIANTS, check_variant
+from pdvit.losses.terms import check_variant
 from pdvit.similarity import at_least_float32, unit_tokens
 
 # Of the released code: side of the window of its local negative, and its guard inside the logarithm.

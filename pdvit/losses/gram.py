@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pdvit.config.schema import GRAM_VARIANTS
 from pdvit.errors import UserError
 from pdvit.losses.terms import check_variant
 from pdvit.similarity import row_blocks, unit_tokens
-
-# paper: arXiv 2508.10104; the others: options of facebookresearch/dinov3, dinov3/loss/gram_loss.py at 6876159.
-GRAM_VARIANTS = ("paper", "remove-neg", "remove-only-teacher-neg", "batch")
 
 
 def gram_loss(last: Tensor, anchor: Tensor, variant: str = "paper") -> Tensor:

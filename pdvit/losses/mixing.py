@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pdvit.config.schema import VARIANTS
 from pdvit.losses.cross_entropy import check_targets, cross_entropy_loss, smooth_targets
-from pdvit.losses.terms import VARIANTS, check_variant
+from pdvit.losses.terms import check_variant
 from pdvit.similarity import BLOCK_ENTRIES, at_least_float32
 
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pdvit.config.schema import GRAM_VARIANTS, TERMS, VARIANTS
 from pdvit.errors import UserError
 from pdvit.losses.contrastive import contrastive_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
-from pdvit.losses.gram import GRAM_VARIANTS, gram_loss
+from pdvit.losses.gram import gram_loss
 from pdvit.losses.mixing import mixing_loss
-from pdvit.losses.terms import LAST_LAYER_TERMS, TERMS, VARIANTS, check_variant, cosine_loss
+from pdvit.losses.terms import LAST_LAYER_TERMS, check_variant, cosine_loss
 
 
 class TokenOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""The terms of the last layer's tokens `(B, N, D)`, and the names, variants and schedules of all terms."""
+"""The terms of the last layer's tokens `(B, N, D)`, and the schedules of all terms."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdvit.config.schema import VARIANTS
 from pdvit.errors import UserError, closest
 from pdvit.similarity import patch_similarity, row_blocks, unit_tokens
 
-TERMS = ("cosine", "contrastive", "mixing", "koleo", "spectral", "gram")
-# paper: arXiv 2104.12753 v3; v1: its first version; released: ChengyueGongR/PatchVisionTransformer at b70ee23;
-# diverse-vit: VITA-Group/Diverse-ViT, reg.py. docs/losses.md has them side by side.
-VARIANTS = ("paper", "v1", "released", "diverse-vit")
 # DINOv2's epsilon, added in quadrature to a distance.
 EPS = 1e-8
 

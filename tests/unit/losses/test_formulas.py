@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pdvit import similarity
+from pdvit.config.schema import VARIANTS
 from pdvit.losses import contrastive_loss, cosine_loss, koleo_loss, spectral_loss, terms
-from pdvit.losses.terms import VARIANTS
 from tests.errors import refused
 
 Tokens = list[list[float]]  # the patches of one image

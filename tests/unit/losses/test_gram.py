@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdvit import similarity
+from pdvit.config.schema import GRAM_VARIANTS
 from pdvit.errors import UserError
-from pdvit.losses.gram import GRAM_VARIANTS, gram_loss
+from pdvit.losses.gram import gram_loss
 
 
 def literal(last: Tensor, anchor: Tensor, variant: str) -> Tensor:

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
+from pdvit.config.schema import VARIANTS
 from pdvit.errors import UserError
 from pdvit.losses import TERMS, Objective, contrastive_loss, cosine_loss, gram_loss, mixing_loss
 from pdvit.losses.cross_entropy import cross_entropy_loss
 from pdvit.losses.objective import TokenOutput
-from pdvit.losses.terms import LAST_LAYER_TERMS, VARIANTS
+from pdvit.losses.terms import LAST_LAYER_TERMS
 
 CLASSES, GRID = 5, (2, 3)
 WEIGHTS = {"cosine": 0.3, "contrastive": 0.7, "mixing": 1.5} | dict.fromkeys(LAST_LAYER_TERMS, 0.2) | {"gram": 0.9}
