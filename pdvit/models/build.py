@@ -10,9 +10,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from pdvit.config.schema import ModelConfig
 from pdvit.errors import UserError, closest
@@ -103,7 +102,7 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
             if next(modules) > MAX_MODULES:
                 raise ValueError(f"it has more than {MAX_MODULES:,} modules")
 
-        with torch.device("meta"), WithoutClamp(), register_module_module_registration_hook(limit):
+        with torch.device("meta"), register_module_module_registration_hook(limit):
             model = create_model(name, arguments, where)
         (_, places), place = find_layers(model, where=where), f"{where}, with its image size and patch size"
         if getattr(model, "in_chans", 3) != 3:
@@ -127,13 +126,6 @@ def sketch_model(name: str, arguments: dict[str, Any], where: str = MODEL) -> nn
             SKETCHES.clear()
         SKETCHES[key] = model
     return SKETCHES[key]
-
-
-class WithoutClamp(TorchFunctionMode):
-    """Skips the end of timm's truncated normal: on the meta device it takes milliseconds for each weight."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is Tensor.clamp_ else func(*args, **(kwargs or {}))
 
 
 def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
