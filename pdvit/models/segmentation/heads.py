@@ -109,8 +109,7 @@ class Pool(nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return `(B, C, parts, parts)` of maps `(B, C, H, W)`."""
         if not torch.are_deterministic_algorithms_enabled():
-            pooled: Tensor = super().forward(input)
-            return pooled
+            return super().forward(input)
         parts = self.output_size
         for axis in (2, 3):  # parts can overlap
             side = input.shape[axis]
