@@ -11,7 +11,7 @@ import typer
 
 from pdvit.cli import analyze, doctor, evaluate, list_runs, plot, sweep, train
 from pdvit.cli.options import WIDTH, Group, add_command
-from pdvit.errors import RunFailed, UserError
+from pdvit.errors import RunFailed, UserError, closest
 from pdvit.version import __version__
 from pdvit.workflows.console import log
 
@@ -64,7 +64,8 @@ def run(arguments: list[str]) -> int:
         words = arguments[: 2 if arguments[0] in ("plot", "sweep") else 1]  # typer's parser has no context
         command = context.command_path if context else " ".join(["pdvit", *words])
         what, *guess = re.split(r" \(Possible options: | Did you mean ", error.format_message())
-        tip = f"did you mean {guess[0].rstrip(')?')}?" if guess else f"{command} --help lists all options"
+        options = re.findall(r"[\w-]+", "".join(guess))
+        tip = closest(what.split()[-1], options, otherwise=f"{command} --help lists all options")
         if arguments[0] in ("resume", "replay"):  # options of `train` that people take for commands
             tip = f"it is an option: pdvit train --{arguments[0]} RUN"
         return _explain(UserError(what, command, tip))

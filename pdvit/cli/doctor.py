@@ -62,8 +62,8 @@ def _examine() -> dict[str, dict[str, dict[str, Any]]]:
     gpus, runs = [f"cuda:{index}" for index in range(torch.cuda.device_count())], RUNS.absolute()
     place = next(path for path in (runs, *runs.parents) if os.path.lexists(path))
     versions = {"pdvit": __version__, "python": platform.python_version(), "CUDA of torch": torch.version.cuda}
-    required = {name: _check(partial(installed_version, name), "pip install .", needed=True) for name in REQUIRED}
-    extras = {name: _check(partial(installed_version, name), f"optional: pip install '.[{name}]'") for name in EXTRAS}
+    required = {name: _check(partial(installed_version, name), "pip install pdvit", needed=True) for name in REQUIRED}
+    extras = {name: _check(partial(installed_version, name), f"pip install 'pdvit[{name}]'") for name in EXTRAS}
     no_gpu = _check(torch.cuda.init, "without a GPU pdvit uses the CPU") | {"mark": "missing"}
     return {
         "versions": {name: _check(partial(str, text)) for name, text in versions.items()} | required,

@@ -220,7 +220,8 @@ def _find(
         if not folder.is_dir():
             raise UserError("there is no such run directory", str(folder), closest_run(str(folder), file, "run.toml"))
         if not (folder / file).is_file():
-            if not file.startswith("analysis") and not (folder / "run.toml").is_file():
+            measured = file.startswith("analysis") and (any(folder.glob("*.json")) or (folder / "analysis").exists())
+            if not (measured or (folder / "run.toml").is_file()):
                 raise UserError(f"the folder has no {file}, and is no run", str(folder), closest_run(str(folder), file))
             raise UserError(f"the run has no {file}", str(folder), f"run first: {again(folder)}")
     if labels is not None:

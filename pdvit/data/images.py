@@ -19,7 +19,7 @@ from pdvit.data.sources.split import MaskSplit, Split, upright, upright_size
 from pdvit.errors import UserError, printable
 
 NAMED = 10  # images named in a message; the others are counted
-RUN_TIP = "replace it, or skip it: --on-bad-image skip, in Python on_bad_image='skip'"
+RUN_TIP = "replace what is named, or skip it: --on-bad-image skip, in Python on_bad_image='skip'"
 RUN_TIP += " (to resume a run: --change data.on_bad_image=skip)"
 MASK_TIP = "fix it, or add its values to the table of classes (--classes); --check-masks names all of them"
 OUT_OF_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors of the machine, not of the image

@@ -92,7 +92,8 @@ def resolve_checkpoint(
     inferred = {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
     arguments |= inferred
     told = ", ".join(f"{key} {value}" for key, value in inferred.items() if key not in ("num_classes", "img_size"))
-    notes = [*read.notes, *([f"by its tensors, other than {architecture}: {told}"] if told else [])]
+    notes = [note for note in read.notes if model_name is None or "--model" not in note]
+    notes += [f"by its tensors, other than {architecture}: {told}"] if told else []
     sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None
     if section.get("segment") is not None:

@@ -112,7 +112,7 @@ def freeze(network: Wrapper, part: str) -> None:
 def weights_up_to_block(model: nn.Module, blocks: list[nn.Module], count: int) -> set[nn.Parameter]:
     """Return the weights that a forward pass uses before the end of block `count`."""
     if count > len(blocks):
-        raise UserError(f"there are no {count} blocks: the model has {len(blocks)}", FREEZE, f"or use {BACKBONE}")
+        raise UserError(f"the model has only {len(blocks)} blocks", FREEZE, f"freeze fewer, or {BACKBONE}")
     called: dict[nn.Module, None] = {}
     noting = register_module_forward_pre_hook(lambda part, _: called.setdefault(part))
     with torch.no_grad(), evaluating(model), noting:

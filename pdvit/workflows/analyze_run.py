@@ -99,6 +99,8 @@ class Analyzer:
         """Return the arguments of pdvit analyze that measure a checkpoint on these images again."""
         words = [str(opened.path), *opened.options, *(word for name in self.images for word in ("--images", name))]
         words += ["--limit", str(self.limit)] if self.limit != LIMIT else []
+        batch_size = self.opening["given"].get("data", {}).get("batch_size")  # cka depends on it
+        words += ["--batch-size", str(batch_size)] if batch_size else []
         skips = self.images and opened.config.data.on_bad_image == "skip"
         return [*words, *(["--on-bad-image", "skip"] if skips else [])]
 

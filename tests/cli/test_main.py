@@ -168,6 +168,19 @@ def test_a_run_that_does_not_exist_is_answered_with_those_that_do_or_how_to_make
     assert refusal(*words).tip.endswith("did you mean 'runs/digits-none'?")
 
 
+@pytest.mark.parametrize(
+    ("words", "tip"),
+    [
+        ("train --epoch 2", "did you mean '--epochs'?"),  # not --depth, which click's own list begins with
+        ("analyze --metric cka", "did you mean '--metrics'?"),
+        ("trian", "did you mean 'train'?"),
+        ("train --zzz", "pdvit train --help lists all options"),
+    ],
+)
+def test_a_flag_or_command_that_does_not_exist_is_answered_with_the_most_similar(refusal, words, tip):
+    assert refusal(*words.split()).tip == tip
+
+
 def test_help_fits_eighty_columns_and_shows_no_type_of_a_switch(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     commands = typer.main.get_command(app).commands

@@ -199,8 +199,11 @@ class TestRefused:
         assert "pdvit train" in refusal("plot", "training").tip
         assert "absent" in refusal("plot", "similarity", "absent").where
         (workplace / "weights").mkdir()
-        for figure in ("training", "confusion", "segmentation"):
+        for figure in ("training", "confusion", "segmentation", "similarity", "maps"):
             refusal("plot", figure, "weights", what="is no run", tip="train one")
+        (workplace / "weights" / "config.json").touch()  # of a checkpoint, which has no training
+        refusal("plot", "training", "weights", what="is no run", tip="train one")
+        refusal("plot", "similarity", "weights", tip="pdvit analyze weights")
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])
     def test_an_unknown_suffix(self, refusal, workplace, out):
@@ -212,7 +215,8 @@ def test_the_tip_for_a_missing_figure_measures_the_same_images_and_keeps_the_oth
 ):
     images = image_folder / "train" / "blue"
     (images / "a broken one.png").write_bytes(b"no image")
-    some = ["--images", str(images), "--limit", "5", "--on-bad-image", "skip"]
+    some = ["--images", str(images), "--limit", "8", "--on-bad-image", "skip"]
+    some += ["--batch-size", "4", "--metrics", "similarity,norms,cka"]  # cka depends on the batch
     assert pdvit(["analyze", str(run_copy), *some, "--explore", *CPU]) == 0
     before = pd.read_csv(run_copy / "analysis.csv")
     tip = refusal("plot", "pairs", str(run_copy)).tip

@@ -73,7 +73,7 @@ def test_frozen_parts_keep_their_weights_and_behave_as_in_evaluation():
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())  # statistics too
 
 
-@pytest.mark.parametrize(("part", "what"), [("4", "no 4 blocks"), ("all", "not a part"), ("-1", "not a part")])
+@pytest.mark.parametrize(("part", "what"), [("4", "only 3 blocks"), ("all", "not a part"), ("-1", "not a part")])
 def test_an_unknown_part_is_refused(part, what):
     with pytest.raises(UserError, match=what):
         freeze(DiverseModel(make(depth=3)), part)

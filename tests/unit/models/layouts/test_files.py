@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.distributed.checkpoint
 from safetensors.torch import save_file
+from timm.layers import QuickGELU
 from torch import Tensor, nn
 from torchvision.models import swin_transformer, vision_transformer
 
@@ -70,6 +71,10 @@ def test_towers_of_open_clip_without_a_configuration_and_of_timm(open_clip, tmp_
     notes = "; ".join(loaded.notes)
     assert all(part in notes for part in ("QuickGELU", "number of heads", "no open_clip_config.json"))
     assert loaded.model.pretrained_cfg["mean"] == OPENAI_MEAN
+    sizes, advised = ModelConfig(width=64, patch_size=8, heads=4), re.findall("--model ([^;]+)", notes)
+    (chosen,) = (resolve_checkpoint(tmp_path / "tower.pt", name, settings=sizes) for name in advised)
+    assert isinstance(chosen.model.blocks[0].mlp.act, QuickGELU)
+    assert "QuickGELU" not in "; ".join(chosen.notes)
     vision = {"image_size": 160, "timm_model_name": VIT, "timm_pool": "token"}
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
     clip = perturbed(open_clip.CustomTextCLIP(**config))
