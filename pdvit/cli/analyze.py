@@ -12,6 +12,8 @@ import typer
 from pdvit.cli.options import checkpoint_command, opening_arguments, results_folder
 from pdvit.definitions import DEFAULT, DEFINITIONS, GROUPS, LIMIT
 from pdvit.errors import UserError, command
+from pdvit.tracking.environment import describe_environment
+from pdvit.tracking.run_directory import check_path, newest, write_file, writing
 from pdvit.workflows.console import log, make_console, process_group
 
 if TYPE_CHECKING:
@@ -51,8 +53,6 @@ def analyze(
 
     Without arguments: the newest run.
     """
-    from pdvit.tracking.run_directory import check_path, newest
-
     with process_group():
         console = make_console(as_json, quiet=verbose is False)
         paths = [os.path.expanduser(path) for path in checkpoints or map(str, newest("model.safetensors")[:1])]
@@ -174,8 +174,6 @@ def write_report(results: "Sequence[CheckpointAnalysis]", console: "RunConsole")
     """Write report.html, the whole analysis on one page, to the first checkpoint's folder; raises UserError."""
     from pdvit.analysis.pages import report_page
     from pdvit.plots.style import DARK, LIGHT, render
-    from pdvit.tracking.environment import describe_environment
-    from pdvit.tracking.run_directory import write_file, writing
 
     light, dark = (_report_figures(results, theme) for theme in (LIGHT, DARK))
     figures = [(caption, render(light[caption], ".svg"), render(dark[caption], ".svg")) for caption in light]

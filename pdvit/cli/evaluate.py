@@ -19,7 +19,7 @@ from pdvit.cli.options import checkpoint_command, opening_arguments, results_fol
 from pdvit.config.schema import KEYS
 from pdvit.errors import UserError, command, printable
 from pdvit.tasks import describe_metrics
-from pdvit.tracking.run_directory import check_path
+from pdvit.tracking.run_directory import check_path, to_json, write_file, writing
 from pdvit.workflows.console import count, log, make_console, process_group, with_progress
 
 if TYPE_CHECKING:
@@ -169,8 +169,6 @@ def _evaluate(
 
 def _write(folder: Path, numbers: dict[str, Any], files: dict[str, bytes]) -> Path:
     """Write the files, eval.json last, and remove the pictures of an earlier evaluation."""
-    from pdvit.tracking.run_directory import to_json, write_file, writing
-
     with writing("the results", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in ("image", "truth", "prediction"):
@@ -227,7 +225,6 @@ def predict(
     from pdvit.data.opening import image_files
     from pdvit.engine.distributed import SINGLE_PROCESS
     from pdvit.engine.terminal import EXIT_STOPPED, stop_on_signals
-    from pdvit.tracking.run_directory import write_file
     from pdvit.workflows.checkpoint import open_checkpoint
 
     files = image_files(images)
@@ -307,7 +304,6 @@ def _masks(
     """Write the mask of each image, a palette PNG of its size, and the mask over the image; yield no rows for each."""
     from pdvit.data.masks.table import default_palette
     from pdvit.tasks.segmentation import overlay, palette_image, pixel_network, png, predict_masks
-    from pdvit.tracking.run_directory import write_file
 
     model: Any = opened.loaded.model
     names, network, count = _mask_names(files), pixel_network(model), len(opened.loaded.classes or ())

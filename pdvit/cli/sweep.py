@@ -18,7 +18,7 @@ from pdvit.config.recipes import NamedLayer, merge_layers
 from pdvit.config.schema import Config, LaunchConfig
 from pdvit.errors import UserError, adding, command
 from pdvit.tasks import describe_summary
-from pdvit.tracking.run_directory import RunDirectory
+from pdvit.tracking.run_directory import RUNS, RunDirectory
 from pdvit.workflows.console import count, log, make_console
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def run_sweep(
     from pdvit.engine.terminal import EXIT_STOPPED
     from pdvit.launch import Jobs, RunJob
     from pdvit.sweep import Folder, make_cells, numbers
-    from pdvit.tracking.run_directory import RUNS
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         tip = "start it without torchrun: each cell gets its own device"

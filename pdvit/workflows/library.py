@@ -25,7 +25,7 @@ from pdvit.data.loader import LoaderConfig, eval_batches
 from pdvit.data.opening import ImageSet, open_images, sample_photographs
 from pdvit.data.preprocessing import Preprocessing
 from pdvit.data.sources.split import ItemSplit
-from pdvit.definitions import DEFAULT
+from pdvit.definitions import DEFAULT, LIMIT
 from pdvit.engine.distributed import SINGLE_PROCESS
 from pdvit.engine.terminal import RunConsole, Stopped, stop_on_signals
 from pdvit.errors import UserError, closest
@@ -37,7 +37,6 @@ from pdvit.workflows.checkpoint import OpenedCheckpoint, open_checkpoint
 from pdvit.workflows.console import count
 from pdvit.workflows.runs import Run, start, train_to_end
 
-LIMIT = 256  # images that are read from files or a source, as in `pdvit analyze`
 Model = nn.Module | OpenedCheckpoint | str | Path
 
 
