@@ -128,8 +128,7 @@ class Checkpoints:
                     shutil.rmtree(self.folder / other, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            what = f"the checkpoint of step {snapshot.step} can't be written: {reason}"
+            what = f"the checkpoint of step {snapshot.step} can't be written: {reason_of(error)}"
             raise UserError(what, str(self.folder), "make room there; what was saved before is whole") from error
 
 

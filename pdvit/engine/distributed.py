@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.errors import UserError
+from pdvit.files import reading
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,9 @@ def init_process_group(stop: StopRequest | None = None) -> Ranks:
     stop = StopRequest() if stop is None else stop
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(stop=stop)
-    try:
+    tip = "start with torchrun, or unset RANK and WORLD_SIZE"
+    with reading("the environment", tip, "the processes can't connect"):
         rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        ranks = Ranks(rank, size, local, stop)
-        if ranks.world_size > 1 and not dist.is_initialized():
+        if size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    except (ValueError, RuntimeError) as error:
-        tip = "start with torchrun, or unset RANK and WORLD_SIZE"
-        raise UserError(f"the processes can't connect: {error}", "the environment", tip) from error
-    return ranks
+    return Ranks(rank, size, local, stop)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdvit.errors import UserError, closest
+from pdvit.files import reading
 from pdvit.tracking.run_directory import write_file
 
 Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]  # log metrics of a step; finish
@@ -64,11 +65,9 @@ def check_trackers(track: str) -> None:
             raise UserError(f"there is no tracker '{name}'", where, closest(name, TRACKERS))
         if getattr(importlib.util.find_spec(name), "origin", None) is None:  # None: a folder that W&B left behind
             raise UserError(f"{name} is not installed", where, f"pip install 'pdvit[{name}]'")
-        try:
-            if name == "wandb":
+        if name == "wandb":
+            with reading(where, "`wandb login`, or WANDB_MODE=offline", "W&B can't log in"):
                 importlib.import_module(name).login(verify=False)  # finds its key, or asks for it on a terminal
-        except Exception as error:
-            raise UserError(f"W&B can't log in: {error}", where, "`wandb login`, or WANDB_MODE=offline") from error
 
 
 class Trackers:
