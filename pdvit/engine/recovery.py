@@ -14,7 +14,7 @@ from pdvit.engine.checkpoint import Checkpoints
 from pdvit.engine.device import is_out_of_memory
 from pdvit.engine.protocol import TrainBatch
 from pdvit.engine.recipe import check_data
-from pdvit.engine.state import TrainState, named
+from pdvit.engine.state import TrainState
 from pdvit.engine.update import Updater
 from pdvit.errors import RunFailed, UserError, command
 
@@ -47,7 +47,7 @@ def replay(run: Path, state: TrainState, updater: Updater) -> tuple[int, dict[st
     metrics: dict[str, float] = {}
     broken: dict[str, None] = {}  # in the order of weights
     for rank, part in enumerate(parts):
-        state.set_generators(named(saved, f"{rank}.generator."))
+        state.set_generators(saved, rank)
         found = updater.backward(part)
         for name, weight in state.module.named_parameters():
             if weight.grad is not None and not bool(weight.grad.isfinite().all()):

@@ -179,7 +179,7 @@ class TrainState:
         sums = {name: rest[f"{own}.metrics.{name}"] for name in metadata["metric_names"]}
         self.metrics.sums = {name: value.to(self.device, torch.float64) for name, value in sums.items()}
         if own == rank:
-            self.set_generators(named(rest, f"{rank}.generator."))
+            self.set_generators(rest, rank)
 
     def check_weights(self) -> None:
         """Raise RunFailed on all ranks if weights are not finite, so that they are neither evaluated nor saved."""
@@ -195,13 +195,8 @@ class TrainState:
         cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         return {"cpu": torch.get_rng_state(), **cuda}
 
-    def set_generators(self, states: Mapping[str, Tensor]) -> None:
-        """Restore what `generators` returned."""
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
-
-
-def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    def set_generators(self, saved: Mapping[str, Tensor], rank: int) -> None:
+        """Restore what `generators` returned on a rank, from the tensors of a snapshot."""
+        torch.set_rng_state(saved[f"{rank}.generator.cpu"])
+        if f"{rank}.generator.cuda" in saved and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved[f"{rank}.generator.cuda"], self.device)
