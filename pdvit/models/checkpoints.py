@@ -212,11 +212,6 @@ class Skipped(metaclass=EqualsDict):
         """Take an item of a table, and keep none."""
 
 
-def _plain_table(*_: Any) -> dict[Any, Any]:
-    """Stand for `collections.defaultdict`, whose items follow."""
-    return {}
-
-
 def _read_torch(file: Path) -> Converted:
     """Read the tensors, plain values and argparse's namespaces in a file of torch.save; other objects are skipped.
 
@@ -234,7 +229,8 @@ def _read_torch(file: Path) -> Converted:
         # Torch looks all up for each object.
         if len(skipped) > MAX_ITEMS or max(map(len, skipped), default=0) > MAX_NAME:
             skipped = set()
-        allowed: list[Any] = [argparse.Namespace, (_plain_table, "collections.defaultdict")]
+        # In place of a defaultdict stands a plain table, whose items follow.
+        allowed: list[Any] = [argparse.Namespace, (lambda *_: {}, "collections.defaultdict")]
         allowed += [(Skipped, name) for name in skipped]
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
