@@ -121,28 +121,23 @@ def _origins(
     checkpoint: ResolvedCheckpoint, model: nn.Module, images: Preprocessing, given: Config, name: str | None
 ) -> dict[str, list[str]]:
     """Return what decides the tokens, as text, by where it is from: the options, the file, or timm's default."""
-    default, found = f"timm's default for {checkpoint.architecture}", dict[str, list[str]]()
-    from_file = {*checkpoint.preprocessing, *(["img_size"] if checkpoint.arguments.get("img_size") else [])}
-    from_file |= {"img_size"} if checkpoint.image_size else set()
-    found["--model" if name else "the file"] = [checkpoint.architecture]
+    found = {"--model" if name else "the file": [checkpoint.architecture]}
+    types = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.selected.tensors.values())
+    sizes = {key: getattr(given.model, key) for key in SIZES.values()} | (given.model.args or {})
     texts = {"img_size": f"{images.size} px", "interpolation": images.interpolation}
     texts |= {key: f"{key} {' '.join(f'{value:g}' for value in getattr(images, key))}" for key in ("mean", "std")}
-    texts |= {"crop_pct": f"crop {images.crop_pct:g}"}
-    for key, text in texts.items():
-        option = getattr(given.data, key) is not None
-        found.setdefault("the options" if option else "the file" if key in from_file else default, []).append(text)
-    types = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.selected.tensors.values())
-    found.setdefault("the file", []).append(f"weights in {types.most_common(1)[0][0]}")
-    options = {key: getattr(given.model, key) for key in SIZES.values()} | (given.model.args or {})
-    texts = {key: f"{key} {value}" for key, value in options.items() if value is not None}
+    texts |= {"crop_pct": f"crop {images.crop_pct:g}", "weights": f"weights in {types.most_common(1)[0][0]}"}
+    texts |= {key: f"{key} {value}" for key, value in sizes.items() if value is not None}
     for path, part in model.named_modules():
         if path.endswith(".act"):
             texts["act_layer"] = type(part).__name__
         if isinstance(getattr(part, "eps", None), float):
             texts["norm_layer"] = f"norm epsilon {part.eps:g}"
+    options, in_file = vars(given.data) | sizes, {"weights": True} | checkpoint.preprocessing | checkpoint.arguments
+    in_file["img_size"] = in_file.get("img_size") or checkpoint.image_size
     for key, text in texts.items():
-        origin = "the file" if key in checkpoint.arguments else default
-        found.setdefault("the options" if options.get(key) is not None else origin, []).append(text)
+        default = "the file" if in_file.get(key) is not None else f"timm's default for {checkpoint.architecture}"
+        found.setdefault("the options" if options.get(key) is not None else default, []).append(text)
     return found
 
 
