@@ -21,11 +21,6 @@ def onset(rows: pd.DataFrame, threshold: float = COLLAPSED) -> str | None:
     return None if stays.empty else str(stays.iloc[0])
 
 
-def climb(rows: pd.DataFrame) -> str | None:
-    """Return the first layer from which P stays 0.05 or more above its minimum; None if P does not climb."""
-    return onset(rows, float(rows["mean"].min()) + MIN_DIFFERENCE)
-
-
 def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     """Return two statements on two lines, each beside random weights, and what to try.
 
@@ -43,7 +38,7 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
         metrics = "--metrics similarity,norms"
         tip = f"measure the lengths of the patches, since the checkpoint may be broken:\n{analyze} {metrics}"
         return f"no verdict: P is exactly 0 at {last}, as if all patches were zero", f"to try: {tip}"
-    start, high = climb(rows), onset(rows)
+    start, high = onset(rows, float(rows["mean"].min()) + MIN_DIFFERENCE), onset(rows)
     rise, random_rise = (float((found["mean"].tail(1) - found["mean"].min()).sum()) for found in (rows, random))
     change = 0 if abs(rise - random_rise) < MIN_DIFFERENCE else 1 if rise > random_rise else -1
     if high is None and compared == 1:
