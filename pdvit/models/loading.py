@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pdvit.config import Config, build, to_dict
 from pdvit.config.schema import DataConfig, ModelConfig
 from pdvit.errors import UserError
-from pdvit.models.build import SIZES, check_memory, create_model, sketch_model
+from pdvit.models.build import SIZES, build_model, sketch_model
 from pdvit.models.families import family_of
 from pdvit.models.matching import (
     OTHER_MODEL,
@@ -54,8 +54,7 @@ def load_model(checkpoint: ResolvedCheckpoint, backbone: bool = False) -> Resolv
             expected = Segmenter(sketch, adapter, len(classes), segment).head.state_dict(prefix=HEAD)
         head = compare(selected.outside, expected, where)
         head.refuse_difference(where)
-    check_memory(sketch, where)
-    model: Any = create_model(checkpoint.architecture, checkpoint.arguments, where)
+    model: Any = build_model(checkpoint.architecture, checkpoint.arguments, where)
     if adapter is not None:
         prune(model, adapter)
     model.load_state_dict(match.tensors)

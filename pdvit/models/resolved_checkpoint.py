@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pdvit.config import build
 from pdvit.config.schema import PREPROCESSING, ModelConfig, SegmentConfig
 from pdvit.errors import UserError
-from pdvit.models.build import check_memory, create_model, model_arguments, sketch_model
+from pdvit.models.build import build_model, model_arguments, sketch_model
 from pdvit.models.checkpoints import name_of, read_checkpoint
 from pdvit.models.families import family_of
 from pdvit.models.layouts.conversion import VIT_SIZES, Converted, is_square
@@ -54,11 +54,9 @@ class ResolvedCheckpoint:
 
     def with_random_weights(self) -> nn.Module:
         """Return the model, as pruned, with timm's initialisation, on the CPU; torch's generators keep their state."""
-        where = f"{self.architecture} with random weights"
-        check_memory(self.model, where)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = create_model(self.architecture, dict(self.arguments), where).eval()
+            model = build_model(self.architecture, self.arguments, f"{self.architecture} with random weights").eval()
         if self.adapter:
             prune(model, self.adapter)
         return model
