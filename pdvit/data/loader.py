@@ -117,7 +117,7 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 def train_batches(
     split: Split, loader: LoaderConfig, augmentation: Augmentation, mixing: Mixing, start: int
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch]:
     """Yield this rank's part of steps start, start + 1, ...; an epoch drops its last, incomplete batch."""
     steps, per_epoch = step_indices(len(split), loader, start, mixing), steps_per_epoch(split, loader.batch_size)
     batches: Iterator[Batch]

@@ -39,7 +39,7 @@ class Task(Protocol):
     def fingerprint(self) -> Mapping[str, Any]:
         """Description of the training data: a run resumes only on the same data."""
 
-    def batches(self, start: int) -> Generator[Any, None, None]:
+    def batches(self, start: int) -> Generator[Any]:
         """Yield this process's part of steps start, start + 1, ... without end, in constant time for any start."""
 
     def step(self, network: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

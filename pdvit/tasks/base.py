@@ -155,9 +155,7 @@ class ImageTask(ABC):
         return numbers | ({"skipped": describe_bad(new)} if new else {})
 
 
-def with_weights(
-    batches: Generator[Batch, None, None], schedules: Sequence[WeightSchedule], start: int
-) -> Generator[Batch, None, None]:
+def with_weights(batches: Generator[Batch], schedules: Sequence[WeightSchedule], start: int) -> Generator[Batch]:
     """Give the batches of steps start, start + 1, ... the factors of the terms' weights.
 
     A number would be compiled into the step, so it is a tensor; filled on the device, so nothing waits for a copy.

@@ -82,7 +82,7 @@ class ClassificationTask(ImageTask):
             f"augmentation: {self.augmentation.describe()}"
         )
 
-    def batches(self, start: int) -> Generator[Batch, None, None]:
+    def batches(self, start: int) -> Generator[Batch]:
         """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
         batches = train_batches(self.source.splits["train"], self.loader, self.augmentation, self.mixing, start)
         return with_weights(batches, self.schedules, start) if self.scheduled else batches

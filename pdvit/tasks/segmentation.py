@@ -70,7 +70,7 @@ class SegmentationTask(ImageTask):
             f"augmentation: scaled by {low:g} to {high:g}{', colours jittered' if segment.photometric else ''}"
         )
 
-    def batches(self, start: int) -> Generator[Batch, None, None]:
+    def batches(self, start: int) -> Generator[Batch]:
         """Yield training batches from step `start` on, without end, with the factors of scheduled terms."""
         config, split = self.config, cast(MaskSplit, self.source.splits["train"])
         window, hflip = self.windows.window, config.augment.hflip

@@ -29,7 +29,7 @@ HUE = (-0.1, 0.1)  # as in MMSegmentation
 
 def train_batches(
     split: MaskSplit, loader: LoaderConfig, segment: SegmentConfig, crop: int, start: int, hflip: float | None = None
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch]:
     """Yield this rank's part of steps start, start + 1, ...: crops `(B, 3, crop, crop)` and targets `(B, crop, crop)`.
 
     Targets are training ids, int64, 255 for pixels without a class. `hflip` None is the split's default.
