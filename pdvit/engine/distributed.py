@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdvit.engine.terminal import Stopped, StopRequest
 from pdvit.errors import UserError
@@ -67,14 +67,6 @@ class Ranks:
             if isinstance(error, UserError | Stopped):
                 raise error
         return statuses
-
-    def broadcast_buffers(self, module: nn.Module) -> None:
-        """Copy rank 0's buffers to the others: each computes its own running statistics of a BatchNorm."""
-        if self.world_size > 1:
-            for buffer in filter(torch.is_floating_point, module.buffers()):
-                values = buffer.contiguous()
-                dist.broadcast(values, src=0)
-                buffer.copy_(values)
 
 
 SINGLE_PROCESS = Ranks()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.amp import GradScaler
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -182,7 +182,8 @@ class Trainer:
         progress = self.state.progress
         self.logger.start("evaluate")
         self.state.check_weights()
-        self.ranks.broadcast_buffers(self.evaluated)
+        if self.ranks.world_size > 1:  # each has its own running statistics of a BatchNorm: rank 0's are taken
+            distribute_bn(self.evaluated, self.ranks.world_size)
         progress.evaluation_owed = True
         with self.interruptible():
             records, headline = self.task.evaluate(self.evaluated)
@@ -235,7 +236,6 @@ class Trainer:
         """Measure and export the weights, and close the run; raises RunFailed if nothing was learned."""
         progress = self.state.progress
         self.checkpoints.writing.result()
-        self.ranks.broadcast_buffers(self.evaluated)
         with self.interruptible():
             metrics = self.task.finish(self.evaluated, self.weights)
         tip = "start a new run: check --mean and --std, lower --lr, or use --clip-grad 1"
