@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -145,10 +144,11 @@ class RunDirectory:
 
     def held(self) -> bool:
         """Return whether another process trains this run, without locking it."""
-        lock = struct.Struct("hhqqi")  # `struct flock` of Linux
         with suppress(FileNotFoundError), (self.path / CHECKPOINTS / LOCK).open("rb") as file:
-            found = fcntl.fcntl(file, fcntl.F_GETLK, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-            return bool(lock.unpack(found)[0] != fcntl.F_UNLCK)
+            try:
+                os.lockf(file.fileno(), os.F_TEST, 0)
+            except PermissionError:
+                return True
         return False
 
     def check(self) -> None:
