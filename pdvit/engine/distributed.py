@@ -17,11 +17,11 @@ from pdvit.files import reading
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run; alone by default. `local_rank` is the number of this one on its machine."""
+    """The processes of a run; alone by default. `local_rank` is the number of this one on its machine, if not alone."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
+    local_rank: int | None = None
     stop: StopRequest = field(default_factory=StopRequest)  # of the command
 
     @property
@@ -101,4 +101,4 @@ def init_process_group(stop: StopRequest | None = None) -> Ranks:
         rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return Ranks(rank, size, local, stop)
+    return Ranks(rank, size, local if size > 1 else None, stop)

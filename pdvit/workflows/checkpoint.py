@@ -95,7 +95,7 @@ def open_checkpoint(
             own_segment["classes"] = config.segment.classes
         config = replace(config, segment=replace(loaded.segment, **own_segment))
     check_finite(loaded.model.state_dict(), str(path))
-    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
+    device = choose_device(config.run.device, ranks.local_rank)
     if not backbone:  # `analyze` measures in exact float32
         config = replace(config, run=set_up(device, config.run))
     to_device(loaded.model, device, str(path))

@@ -86,7 +86,7 @@ def build_trainer(
     inherited = ("data.crop_pct", "data.crop_mode") if saved else changed_keys(to_dict(asked), to_dict(config))
     config = resolve(config) if config.data.batch_size else config
     ranks = init_process_group(stop)
-    device = choose_device(config.run.device, ranks.local_rank if ranks.world_size > 1 else None)
+    device = choose_device(config.run.device, ranks.local_rank)
     config = replace(config, run=set_up(device, config.run))
     if ranks.main and config.run.track:
         check_trackers(config.run.track)
