@@ -22,13 +22,13 @@ def settings() -> str:
 
 
 def metrics() -> str:
-    """Return every column of an analysis with its definition."""
+    """Return every column of an analysis with its definition; the first row of a group has its name."""
     headings = {"text": "definition, per image", "range": "range", "random": "random tokens"}
     headings |= {"identical": "identical tokens", "bias": "bias", "source": "source"}
     rows = [
-        [f"`{group}`", f"`{column}`", *(definition[name].replace("|", "\\|") for name in headings)]
+        ["" if number else f"`{group}`", f"`{column}`", *(definition[name].replace("|", "\\|") for name in headings)]
         for group, content in GROUPS.items()
-        for column, definition in content["columns"].items()
+        for number, (column, definition) in enumerate(content["columns"].items())
     ]
     return markdown(["group", "column", *headings.values()], rows)
 

@@ -62,7 +62,8 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     since = {None: "not alike at the end", rows["layer"].iloc[0]: "alike at every layer", last: "alike at the end"}
     of_level, of_climb = " (not compared with random weights)", ""
     if compared is not None:
-        of_level = f" (random weights: {random['mean'].iloc[-1]:.3f}, {('about as high', 'lower', 'higher')[compared]})"
+        levels = ("about as high" if abs(difference) < MIN_DIFFERENCE else "the intervals overlap", "lower", "higher")
+        of_level = f" (random weights: {random['mean'].iloc[-1]:.3f}, {levels[compared]})"
         of_climb = f" (random weights: {random_rise:.3f}, {('about as much', 'less', 'more')[change]})"
     level = f"{stage}the patches are {since.get(high, f'alike from {high} to the end')}: P is {value:.3f} at {last}"
     course = f"climbs from {start} on" if start else "does not climb"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pdvit.analysis import Analysis, cka_between, measure
-from pdvit.analysis.measure import Images, select_metrics
+from pdvit.analysis.measure import BATCH_SIZE, Images, select_metrics
 from pdvit.analysis.verdict import verdict
 from pdvit.config.recipes import merge_layers
 from pdvit.data.images import BadImages
@@ -99,8 +99,7 @@ class Analyzer:
         """Return the arguments of pdvit analyze that measure a checkpoint on these images again."""
         words = [str(opened.path), *opened.options, *(word for name in self.images for word in ("--images", name))]
         words += ["--limit", str(self.limit)] if self.limit != LIMIT else []
-        batch_size = self.opening["given"].get("data", {}).get("batch_size")  # cka depends on it
-        words += ["--batch-size", str(batch_size)] if batch_size else []
+        words += ["--batch-size", str(size)] if (size := opened.loader.batch_size) != BATCH_SIZE else []  # for cka
         skips = self.images and opened.config.data.on_bad_image == "skip"
         return [*words, *(["--on-bad-image", "skip"] if skips else [])]
 

@@ -191,6 +191,7 @@ def test_bad_images_are_an_error_or_left_out_and_counted(run_copy, image_folder,
     assert result["images_measured"] == 30
     assert result["images"].startswith(f"{image_folder}, 31 of 31;")
     assert result["notes"][0] == "1 image left out that can't be decoded"
+    assert result["arguments"] == [str(run_copy), "--images", str(image_folder), "--on-bad-image", "skip"]
     only = refusal("analyze", run_copy, "--images", image_folder / "bad.png", "--on-bad-image", "skip")
     assert "no images to measure" in only.what
 

@@ -12,7 +12,7 @@ import pdvit
 PACKAGE = Path(pdvit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# The table in docs/design.md, "Packages": room -> what it may import of ours, as whole rooms or single modules.
+# Room -> what it may import of ours, as whole rooms or single modules.
 MAY_IMPORT = {
     **{room: set() for room in ("errors", "version", "files", "definitions", "similarity", "config", "tracking")},
     "plots": {"definitions"},

@@ -46,7 +46,7 @@ VARIED = "use more varied --images"
         (compared([0.8, 0.8], [0.3, 0.3]), f"{ALL}: P is 0.800 (0.300, lower)", STAYS, TRAIN),
         (compared([0.1, 0.8], [0.1, 0.9]), f"{SOME}: P is 0.800 (0.900, higher)", f"{RISES}700 (0.800, more)", VARIED),
         (compared([0.1, 0.8], [0.1, 0.76], ci95=0.0), "(0.760, about as high)", RISES, VARIED),  # too small to count
-        (compared([0.1, 0.8], [0.1, 0.6], ci95=0.15), "(0.600, about as high)", RISES, TRAIN),  # the intervals overlap
+        (compared([0.1, 0.8], [0.1, 0.6], ci95=0.15), "(0.600, the intervals overlap)", RISES, TRAIN),
         (compared([0.1, 0.8], [0.1, 0.6], ci95=math.nan), "(0.600, lower)", RISES, TRAIN),  # of a single image
         (compared([0.1, 0.8], [0.1, 0.8]), "(0.800, about as high)", f"{RISES}700 (0.700, about as much)", VARIED),
         (compared([0.55, 0.65], [0.6, 0.66]), ALL, f"{RISES}100 (0.060, about as much)", VARIED),
