@@ -23,7 +23,7 @@ from pdvit.engine.recovery import REPLAY, save_replay, with_advice
 from pdvit.engine.run_logger import RunLogger, profile_steps
 from pdvit.engine.schedule import make_lr_scheduler, make_step_schedule
 from pdvit.engine.state import TrainState
-from pdvit.engine.terminal import Stopped, StopRequest
+from pdvit.engine.terminal import Stopped
 from pdvit.engine.update import Updater, make_optimizer, parallelize
 from pdvit.errors import RunFailed, UserError, command
 from pdvit.tracking.run_directory import LAST, RunDirectory, Status, read_pointer
@@ -74,9 +74,9 @@ class Trainer:
         lost = f"{written} records were written up to step {progress.step}, and {progress.records} are left"
         return [f"warning: metrics.jsonl was cut short: {lost}; the weights are not affected"]
 
-    def run(self, directory: RunDirectory, console: Console, stop: StopRequest) -> dict[str, Any] | None:
+    def run(self, directory: RunDirectory, console: Console) -> dict[str, Any] | None:
         """Train to the end and return the summary, or None if the run was stopped; after an error it can be resumed."""
-        steps, state, progress = self.steps, self.state, self.state.progress
+        steps, state, progress, stop = self.steps, self.state, self.state.progress, self.ranks.stop
         self.directory, keep = directory, self.config.checkpoint.keep
         self.checkpoints = Checkpoints(directory.path / "checkpoints", keep, steps.milestone_every)
         logger = RunLogger(directory, console, progress, steps, self.task.best_metric, self.device)

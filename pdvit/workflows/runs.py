@@ -242,7 +242,7 @@ def train_to_end(prepare: Callable[..., Run | int], console: RunConsole, stop: S
         log(console, f"run directory: {directory.path}")
         again = command("train", "--resume", directory.path)
         with adding(tip=f"; resume with: {again}"):
-            summary = trainer.run(directory, console, stop)
+            summary = trainer.run(directory, console)
         if summary is None:
             log(console, f"stopped; resume with: {again}", words=True)
             return EXIT_STOPPED

@@ -2,7 +2,6 @@ import io
 import json
 import math
 import signal
-import time
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -15,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdvit.config import build
-from pdvit.engine.distributed import SINGLE_PROCESS
+from pdvit.engine.distributed import SINGLE_PROCESS, Ranks
 from pdvit.engine.recovery import largest, replay
-from pdvit.engine.terminal import STOPPING, StopRequest, stop_on_signals
+from pdvit.engine.terminal import STOPPING, stop_on_signals
 from pdvit.engine.trainer import Trainer
 from pdvit.errors import RunFailed, UserError
 from pdvit.tracking.run_directory import RunDirectory
@@ -88,7 +87,7 @@ class LineFit:
 
 def trainer_of(task, **more):
     settings = {section: SETTINGS.get(section, {}) | more.get(section, {}) for section in {*SETTINGS, *more}}
-    return Trainer(task, build(("test", settings)), CPU, SINGLE_PROCESS)
+    return Trainer(task, build(("test", settings)), CPU, Ranks())
 
 
 def run(path, task, resume=False, changed=None, **more):
@@ -96,8 +95,8 @@ def run(path, task, resume=False, changed=None, **more):
     trainer, directory = trainer_of(task, **more), RunDirectory(path)
     if resume:
         trainer.restore(directory, changed or {})
-    with stop_on_signals() as stop:
-        return trainer.run(directory, Console(file=io.StringIO()), stop)
+    with stop_on_signals(trainer.ranks.stop):
+        return trainer.run(directory, Console(file=io.StringIO()))
 
 
 def interrupt(number=signal.SIGTERM):
@@ -180,9 +179,10 @@ def test_a_signal_leaves_a_wait_or_an_evaluation_at_once_and_the_resumed_run_rep
 
 
 def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
-    stop = StopRequest(created=time.monotonic() - 3600)
     trainer = trainer_of(LineFit(), run={"time_limit": "1h"})
-    assert trainer.run(RunDirectory(tmp_path), Console(file=io.StringIO()), stop) is None
+    stop = trainer.ranks.stop
+    stop.created -= 3600
+    assert trainer.run(RunDirectory(tmp_path), Console(file=io.StringIO())) is None
     assert (read_json(tmp_path / "status.json")["step"], stop.reason) == (1, "time limit")
 
 
