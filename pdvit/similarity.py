@@ -70,7 +70,7 @@ def unit_tokens(tokens: Tensor) -> Tensor:
 
     A token without direction becomes 0. In float16, tokens below 6e-5 have no gradient, because it would overflow.
     """
-    return _Unit.apply(tokens)
+    return _Unit.apply(tokens)  # type: ignore[no-any-return]
 
 
 def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,4 +140,5 @@ class _AbsoluteCosines(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         slope, scale = ctx.saved_tensors
-        return (slope * (grad[:, None, None] * scale)).to(ctx.dtype)
+        gradient: Tensor = slope * (grad[:, None, None] * scale)
+        return gradient.to(ctx.dtype)

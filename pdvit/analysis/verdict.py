@@ -12,7 +12,8 @@ def last_stage(table: pd.DataFrame, metric: str = "similarity") -> pd.DataFrame:
     """Return the rows of a metric by depth, of the last layers with one number of patches: all, in a plain model."""
     rows = table[table["metric"] == metric].sort_values("depth")
     start = rows.loc[rows["tokens"].diff().fillna(0) != 0, "depth"].max()  # NaN if the number never changes
-    return rows[~(rows["depth"] < start)]
+    stage: pd.DataFrame = rows[~(rows["depth"] < start)]
+    return stage
 
 
 def onset(rows: pd.DataFrame, threshold: float = COLLAPSED) -> str | None:

@@ -83,7 +83,8 @@ class Augmentation:
         if not self.per_image:
             return image
         with seeded(fold(self.seed, epoch, POLICY, index)):
-            return v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
+            changed: Tensor = v2.functional.pil_to_tensor(self._policy(v2.functional.to_pil_image(image)))
+            return changed
 
     def crop_boxes(self, epoch: int, index: Tensor) -> list[Callable[[int, int], list[int]]]:
         """Return for each image the function from its height and width to its crop: top, left, height, width."""

@@ -48,7 +48,8 @@ class Preprocessing:
     def fit(self, images: Tensor) -> Tensor:
         """Resize uint8 images `(B, 3, H, W)` held in memory to the input size; the same tensor where they fit."""
         mode = v2.InterpolationMode(self.interpolation)
-        return v2.functional.resize(images, [self.size, self.size], mode, antialias=True)
+        fitted: Tensor = v2.functional.resize(images, [self.size, self.size], mode, antialias=True)
+        return fitted
 
     def normalise(self, images: Tensor, training: bool = False) -> Tensor:
         """Turn uint8 images `(B, 3, H, W)` into the model's float32 input.

@@ -87,4 +87,5 @@ def make_lr_scheduler(optimizer: Optimizer, config: Config, steps: StepSchedule)
     except ValueError as error:
         what = f"a run to step {steps.total} is too short for the schedule '{optim.schedule}'"
         raise UserError(what, "optim.schedule (--sched)", "train longer, or use cosine") from error
+    assert isinstance(scheduler, Scheduler)
     return scheduler

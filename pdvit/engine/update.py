@@ -39,6 +39,7 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
             raise UserError(f"timm has no optimizer named '{optim.opt}'", where, tip) from error
         what = f"{name} can't run here: {str(error) or type(error).__name__}"
         raise UserError(what, where, "for example adamw") from error
+    assert isinstance(optimizer, Optimizer)
     for group in optimizer.param_groups:  # without weight decay timm includes frozen parameters
         group["params"] = [weight for weight in group["params"] if weight.requires_grad]
     if optim.head_lr is not None:

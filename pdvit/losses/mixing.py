@@ -63,7 +63,8 @@ def chunked_mixing_loss(
     `(B, N, D)`, weight and bias `(C, D)` and `(C,)`. Under autocast the products have its type, the result is float32.
     """
     check_targets((*tokens.shape[:2], len(weight)), patch_targets, multi_label=False)
-    return _Chunked.apply(tokens, weight, bias, patch_targets, label_smoothing)
+    loss: Tensor = _Chunked.apply(tokens, weight, bias, patch_targets, label_smoothing)
+    return loss
 
 
 class _Chunked(torch.autograd.Function):
@@ -103,7 +104,8 @@ class _Chunked(torch.autograd.Function):
             rows = torch.cat([torch.cat(row, 1) for row in token_grads])
             ctx.save_for_backward(rows, weight_grad, bias_grad)
             ctx.dtypes = tokens.dtype, weight.dtype, None if bias is None else bias.dtype
-        return total / ctx.patches
+        mean: Tensor = total / ctx.patches
+        return mean
 
     @staticmethod
     @once_differentiable

@@ -139,13 +139,13 @@ def create_model(name: str, arguments: dict[str, Any], where: str) -> nn.Module:
             height, width = size if isinstance(size, tuple) else (size, size)
             model = create_model(name, {key: value for key, value in arguments.items() if key != "img_size"}, where)
             model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, height, width)}  # where timm reads it
-            return model
+            return model  # type: ignore[no-any-return]
         what, flag = f"timm can't build {name}: {type(error).__name__}: {error}", "--model-kwargs"
         if wrong:
             problem = "has no argument" if wrong[1] == "unexpected" else "has a fixed"
             what, flag = f"{name} {problem} '{wrong[2]}'", FLAGS.get(wrong[2], flag)
         raise UserError(what, where, f"check the model's arguments ({flag})") from error
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def strides_of(model: Any) -> list[int]:

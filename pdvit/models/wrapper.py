@@ -28,7 +28,9 @@ class Wrapper(nn.Module):
     @property
     def inside(self) -> nn.Module:
         """The bare timm model."""
-        return getattr(self, self.inner)
+        model = getattr(self, self.inner)
+        assert isinstance(model, nn.Module)
+        return model
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the timm model, in the order of the forward pass."""
@@ -72,7 +74,7 @@ class Wrapper(nn.Module):
             raise UserError(what, "optim.layer_decay (--layer-decay)", "leave it out")
         rules = model.group_matcher(coarse)
         if callable(rules):
-            return _under(rules, self.inner)
+            return _under(rules, self.inner)  # type: ignore[no-any-return]
         return {group: _under(rule, self.inner) for group, rule in rules.items()}
 
 

@@ -88,7 +88,8 @@ class DiversityTask(TimmTask):
 
     def _patch_head(self, module: nn.Module | None, ema: bool) -> nn.Module | None:
         wrapper = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        return wrapper.patch_head
+        head: nn.Module | None = wrapper.patch_head
+        return head
 
     def _mix(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """Return mixed images, their patch targets, and the class loss of such images."""

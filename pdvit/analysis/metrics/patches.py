@@ -28,7 +28,8 @@ class Patches:
     @cached_property
     def lengths(self) -> Tensor:
         """Length of every token, `(B, N)`, in float64, where no square of a float32 is infinite or 0."""
-        return torch.linalg.vector_norm(self.tokens, dim=-1, dtype=torch.float64)
+        lengths: Tensor = torch.linalg.vector_norm(self.tokens, dim=-1, dtype=torch.float64)
+        return lengths
 
     @cached_property
     def unit(self) -> Tensor:

@@ -83,7 +83,8 @@ def evaluation_pixels(image: Image.Image, side: int | None, interpolation: str) 
     long, limit = side * max(height, width) // min(height, width), LONGEST * side
     short, long = (side, long) if long <= limit else (max(1, limit * side // long), limit)
     size = [short, long] if height < width else [long, short]
-    return functional.resize(pixels, size, v2.InterpolationMode(interpolation), antialias=True)
+    resized: Tensor = functional.resize(pixels, size, v2.InterpolationMode(interpolation), antialias=True)
+    return resized
 
 
 def training_pair(

@@ -86,7 +86,8 @@ def _targets(items: Any, source: str) -> list[Any]:
         targets = [label for label, _ in items.index]
     if targets is None:
         raise UserError("the data set has no list of labels", source, "use it as a folder of images")
-    return torch.as_tensor(targets).reshape(len(targets), -1)[:, 0].tolist()  # QMNIST: first of eight
+    labels: list[Any] = torch.as_tensor(targets).reshape(len(targets), -1)[:, 0].tolist()  # QMNIST: first of eight
+    return labels
 
 
 def _read_splits(name: str, chosen: dict[str, str], data: DataConfig, training: bool) -> Source:

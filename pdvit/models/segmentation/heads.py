@@ -109,7 +109,8 @@ class Pool(nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return `(B, C, parts, parts)` of maps `(B, C, H, W)`."""
         if not torch.are_deterministic_algorithms_enabled():
-            return super().forward(input)
+            pooled: Tensor = super().forward(input)
+            return pooled
         parts = self.output_size
         for axis in (2, 3):  # parts can overlap
             side = input.shape[axis]

@@ -112,7 +112,8 @@ class Segmenter(Wrapper):
     @torch.no_grad()
     def last_tokens(self, images: Tensor) -> Tensor:
         """Return the last patch tokens of a model that is trained, without gradient."""
-        return self._read(images)[1][1]
+        last: Tensor = self._read(images)[1][1]
+        return last
 
     def _read(self, images: Tensor) -> tuple[list[Tensor], Any]:
         """Return the maps that the head reads, and the tokens of first, last and more layers."""
