@@ -44,6 +44,8 @@ def verdict(table: pd.DataFrame, analyze: str, train: str) -> tuple[str, str]:
     change = 0 if abs(rise - random_rise) < MIN_DIFFERENCE else 1 if rise > random_rise else -1
     if high is None and compared == 1:
         tip = f"if single patches matter, as in segmentation, reduce P:\n{train}"
+    elif high is None and table["metric"].isin(["effective_rank", "attention_entropy"]).any():
+        tip = "read the other metrics, since P gives no reason to change the model"
     elif high is None:
         metrics = "--metrics similarity,norms,rank,attention"
         tip = f"look for other problems, since P gives no reason to change the model:\n{analyze} {metrics}"

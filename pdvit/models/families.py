@@ -95,8 +95,8 @@ REFUSED = {
 }
 TABLE = {f"timm.{name}": family for name, family in FAMILIES.items()} | OTHER_LIBRARIES | REFUSED
 OTHER_MODEL = (
-    "use a model that docs/losses.md lists; or, in Python, name the blocks, prefix tokens and norm of your model: "
-    "blocks='encoder.layers', prefix_tokens=1, norm='encoder.ln'"
+    "use a model that docs/losses.md lists, no convolutional network; or, in Python, name the blocks, prefix tokens "
+    "and norm of another transformer: blocks='encoder.layers', prefix_tokens=1, norm='encoder.ln'"
 )
 # By package, the attributes with the model inside wrappers, and with the image model inside classifiers and CLIP.
 WRAPPERS = {"torch": ("_orig_mod", "module"), "timm": ("module",), "pdvit": ("model", "backbone")}

@@ -90,7 +90,8 @@ def resolve_checkpoint(
     inferred = {key: value for key, value in _infer(selected.tensors, sketch, where).items() if key not in arguments}
     arguments |= inferred
     told = ", ".join(f"{key} {value}" for key, value in inferred.items() if key not in ("num_classes", "img_size"))
-    notes = [note for note in read.notes if model_name is None or "--model" not in note]
+    chosen = {"--model": model_name, "--heads": settings and settings.heads}  # what a note asks for
+    notes = [note for note in read.notes if not any(value and flag in note for flag, value in chosen.items())]
     notes += [f"by its tensors, other than {architecture}: {told}"] if told else []
     sketch = sketch_model(architecture, arguments, where)
     segment: SegmentConfig | None = None

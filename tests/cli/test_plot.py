@@ -202,7 +202,6 @@ class TestRefused:
         for figure in ("training", "confusion", "segmentation", "similarity", "maps"):
             refusal("plot", figure, "weights", what="is no run", tip="train one")
         (workplace / "weights" / "config.json").touch()  # of a checkpoint, which has no training
-        refusal("plot", "training", "weights", what="is no run", tip="train one")
         refusal("plot", "similarity", "weights", tip="pdvit analyze weights")
 
     @pytest.mark.parametrize("out", ["figure.gif", "figure", "figure.pn"])

@@ -238,7 +238,7 @@ class TestErrors:
         ("arguments", "what", "tip"),
         [
             ("--model vit_tny_patch16_224", "vit_tny_patch16_224", "vit_tiny_patch16_224"),
-            ("--model resnet18", "ResNet", "docs/losses.md"),
+            ("--model resnet18", "ResNet", "no convolutional network"),
             ("--cosine-layers 2,x", "no block x", "1 to 8"),
             ("--data digts", "digts", "digits"),
             ("--data torch/cifar100", "", "--data-dir"),

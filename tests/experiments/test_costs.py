@@ -28,10 +28,9 @@ def test_a_row_has_the_images_of_all_its_epochs_and_the_table_is_of_this_code():
 
 
 def test_the_hours_are_those_of_the_measured_steps():
-    table = pd.read_csv(HERE / "costs.csv", index_col="recipe")
+    table = pd.read_csv(HERE / "costs.csv", index_col="recipe").astype({"operations": float})
     for name, rate in rates(HERE / "speed" / "train_step.csv").items():
-        operations = table["operations"].astype(float).tolist()
-        assert (table[name] * rate * 3600).tolist() == pytest.approx(operations, rel=1e-3)
+        assert (table[name] * rate * 3600).tolist() == pytest.approx(table["operations"].tolist(), rel=1e-3)
 
 
 def test_each_hardware_counts_by_its_fastest_setting(tmp_path):

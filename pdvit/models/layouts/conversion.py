@@ -21,7 +21,7 @@ VIT_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"
 VIT_HEADS = {1280: 16, 1408: 16, 1664: 16}
 TOKENS = ("cls_token", "reg_token", "pos_embed")
 NO_HEAD = "its head has no counterpart in timm (a hidden layer, or two tokens): left out"
-IN_MEMORY = "measure the model in memory, in Python: pdvit.analyze(model, images, blocks='encoder.layers')"
+IN_MEMORY = "measure it in Python, if it is a transformer: pdvit.analyze(model, images, blocks='encoder.layers')"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def plain_vit(
         "img_size": size if isinstance(size, list) else side * patch,
     }
     if heads is None and not (width in VIT_SIZES or width in VIT_HEADS):
-        notes.append(f"the number of heads is not in the file: {arguments['num_heads']}, width / 64")
+        notes.append(f"the number of heads is not in the file: {arguments['num_heads']}, width / 64 (--heads)")
     # timm has no argument for SwiGLU, which this model has
     architecture = f"vit_giant_patch14_{family}" if gated else architecture
     return Converted(tensors, {"architecture": architecture, "model_args": arguments}, notes)

@@ -59,12 +59,8 @@ VARIED = "use more varied --images"
         (table(0.1, 0.4999, 0.5), SOME, RISES, TRAIN),  # the limit itself counts
         (table(0.9, 0.4, 0.9), SOME, "P climbs from block 2 on", TRAIN),  # values before a dip do not count
         (table(0.3, 0.31, 0.3, 0.33, 0.4, 0.6), SOME, "P climbs from block 4 on", TRAIN),  # 0.03 is no climb yet
-        (
-            table(0.9, 0.2, 0.5, 0.3),
-            NONE,
-            "P climbs from block 2 on",
-            "norms,rank",
-        ),  # it stays above its minimum
+        (table(0.9, 0.2, 0.5, 0.3), NONE, "P climbs from block 2 on", "norms,rank"),  # it stays above its minimum
+        (pd.concat([table(0.1, 0.2), table(5, 6, metric="effective_rank")]), NONE, RISES, "read the other metrics"),
         (table(0.1, 0.9, 0.1), NONE, STAYS, "norms,rank"),  # it recovers at the end
         (table(0.6, 0.62), f"{ALL}: P is 0.620 (not compared with", STAYS, "may be as alike:\nmeasure"),
         (compared([0.0, 0.0], [0.1, 0.8]), "no verdict: P is exactly 0", None, "--metrics similarity,norms"),
@@ -82,9 +78,8 @@ def test_the_verdict_is_two_statements_each_beside_random_weights(rows, level, c
 @pytest.mark.parametrize(
     ("images", "ci95", "line"),
     [
-        (1, math.nan, "only 1 image was measured, so others may differ: it has no interval"),
+        *((16, 0.3, None), (1, math.nan, "only 1 image was measured, so others may differ: it has no interval")),
         (2, 0.3, "only 2 images were measured, so others may differ: the 95 % interval of P is ± 0.300"),
-        (16, 0.3, None),
     ],
 )
 def test_the_verdict_of_few_images_has_their_number_and_the_interval(images, ci95, line):

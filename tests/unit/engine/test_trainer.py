@@ -180,10 +180,9 @@ def test_a_signal_leaves_a_wait_or_an_evaluation_at_once_and_the_resumed_run_rep
 
 def test_the_time_limit_counts_from_the_start_of_the_command(tmp_path):
     trainer = trainer_of(LineFit(), run={"time_limit": "1h"})
-    stop = trainer.ranks.stop
-    stop.created -= 3600
+    trainer.ranks.stop.created -= 3600
     assert trainer.run(RunDirectory(tmp_path), Console(file=io.StringIO())) is None
-    assert (read_json(tmp_path / "status.json")["step"], stop.reason) == (1, "time limit")
+    assert (read_json(tmp_path / "status.json")["step"], trainer.ranks.stop.reason) == (1, "time limit")
 
 
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
