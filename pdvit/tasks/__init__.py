@@ -19,12 +19,12 @@ def describe_metrics(numbers: Mapping[str, Any], width: int = 0) -> str:
 def describe_summary(summary: Mapping[str, Any]) -> str:
     """Return the closing metrics, the images that were left out, and P of the first and last tokens."""
     texts = {
-        "in_windows": "images were too large for a single pass and were evaluated in windows",
-        "bad_images": "images do not decode and are left out",
+        "in_windows": "images too large for a single pass, evaluated in windows",
+        "bad_images": "images left out, which do not decode",
     }
     can_be_null = ("loss", "calibration_error", "similarity_first", "similarity_last")  # not finite: JSON has null
     summary = dict(summary) | {name: math.nan for name in can_be_null if summary.get(name, 0) is None}
-    notes = "".join(f" ({summary[name]} {text})" for name, text in texts.items() if summary.get(name))
+    notes = "".join(f" ({text}: {summary[name]})" for name, text in texts.items() if summary.get(name))
     named = f"\nskipped, as they do not decode: {summary['skipped']}" if "skipped" in summary else ""
     first, last = summary["similarity_first"], summary["similarity_last"]
     similarity = f"first {first:.2f}, last {last:.2f} (0 orthogonal, 1 parallel)"

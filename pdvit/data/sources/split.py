@@ -224,7 +224,7 @@ class Source:
         if sizes := [size for index in range(len(sample)) if (size := image_size(sample, index))]:
             widths, heights = zip(*sizes, strict=True)
             least, most = (f"{pick(widths)}x{pick(heights)}" for pick in (min, max))
-            text = f"; {least} pixels" if least == most else f"; from {least} to {most} pixels in {len(sizes)} of them"
+            text = f"; {least} pixels" if least == most else f"; {len(sizes)} of them from {least} to {most} pixels"
         lines = [f"{self.name}: {len(self.classes)} classes, images: {counts}{text}", *self.notes]
         # files that are there more than once, by resolved folder and name
         resolve, seen, again = cache(os.path.realpath), dict[int, tuple[str, int]](), defaultdict[str, list[str]](list)
