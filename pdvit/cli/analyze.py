@@ -66,7 +66,7 @@ def analyze(
         analyzer = Analyzer(console, images or [], metrics or DEFAULT, limit, **opening_arguments(opening))
         folders = {path: results_folder(Path(path), out, "analysis") for path in paths}
         if len({*folders.values()}) < len(paths):
-            where, tip = ", ".join(map(str, folders.values())), "analyze them one by one, each with its own --out"
+            where, tip = ", ".join(map(str, folders.values())), "leave out --out, or analyze them one by one"
             raise UserError("one folder can't hold several analyses", where, tip)
         for folder in folders.values() if out is None else ():
             if not (folder / "run.toml").is_file():  # perhaps beside the weights of others

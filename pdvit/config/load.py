@@ -55,7 +55,7 @@ def build(*layers: tuple[str, Mapping[str, Any]]) -> Config:
             for name, value in values.items():
                 key = KEYS.get(f"{section}.{name}")
                 if key is None:
-                    tip = closest(name, SECTIONS[section].__dataclass_fields__)
+                    tip = closest(name, SECTIONS[section].__dataclass_fields__, folder=f"{section}.")
                     raise UserError(f"there is no key '{section}.{name}'", where, tip)
                 changes[name] = _convert(value, key.type, key, f"{section}.{name} ({where})")
             config = replace(config, **{section: replace(getattr(config, section), **changes)})

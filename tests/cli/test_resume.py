@@ -118,7 +118,7 @@ class TestChanging:
         [
             ("data.batch_size=8", "data.batch_size", "--change", "new run"),
             ("run.out=other", "keeps its folder", "--change", "move"),
-            ("optim.lrr=1", "optim.lrr", "--change", "'lr'"),
+            ("optim.lrr=1", "optim.lrr", "--change", "'optim.lr'"),
             # an error names the key and --change, not a flag
             ("run.device=cuda:7", "", "run.device of", "--change run.device="),
             ("optim.warmup=12st", "", "optim.warmup of", "shorten"),

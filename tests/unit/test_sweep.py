@@ -86,7 +86,7 @@ def test_names_can_be_read_are_folders_and_have_the_section_if_two_keys_are_alik
 @pytest.mark.parametrize(
     ("text", "what", "where", "tip"),
     [
-        ('[sweep]\n"optim.lrr" = [1]', "no key 'optim.lrr'", "cell 1 (lrr=1) of [sweep] of a.toml", "'lr'"),
+        ('[sweep]\n"optim.lrr" = [1]', "no key 'optim.lrr'", "cell 1 (lrr=1) of [sweep] of a.toml", "'optim.lr'"),
         ('[sweep]\n"optim.lr" = [1, -1]', "-1.0 is out of range", "cell 2 (lr=-1)", "above 0"),
         ('[sweep]\n"optim.min_lr" = [0, 1]', "is above the peak", "cell 2 (min_lr=1)", "lower it"),
         ('[sweep]\n"optim.lr" = 1', "needs a list", "[sweep] of a.toml", "for example"),

@@ -57,7 +57,7 @@ def test_later_layers_win_key_by_key():
     ("layer", "what", "tip"),
     [
         ({"optmi": {"lr": 1.0}}, "'optmi'", "'optim'"),
-        ({"optim": {"weight_decai": 1.0}}, "'optim.weight_decai'", "'weight_decay'"),
+        ({"optim": {"weight_decai": 1.0}}, "'optim.weight_decai'", "'optim.weight_decay'"),
         ({"optim": {"schedule": "cosin"}}, "'cosin'", "'cosine'"),
         ({"lr": 1}, "'lr'", "optim.lr"),
         ({"swep": {"run.seed": [1]}}, "'swep'", "'sweep'"),
